@@ -1,0 +1,1 @@
+"""BERT on JAX and Flax NNX."""

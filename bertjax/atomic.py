@@ -1,0 +1,113 @@
+"""Output that appears whole or not at all: write beside the target, flush, rename."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bertjax.errors import SourceError
+
+
+@contextlib.contextmanager
+def atomic_file(target: str | Path) -> Iterator[Path]:
+    """Gives a temporary path in the target's folder, and renames it to the target if the block succeeds.
+
+    Raises:
+        SourceError: the folder does not exist, or can't be written.
+    """
+    target = Path(target)
+    with _named(target):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with _named(target):
+            _share(temporary, 0o666)
+            _flush(temporary)
+            temporary.replace(target)
+            _flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Gives a temporary folder beside the target, and renames it to the target if the block succeeds.
+
+    Args:
+        target: the folder to make; its parents are made too.
+        force: replace an existing folder of an earlier model (one that has a config.json, or is empty). Nothing else
+            is ever replaced.
+
+    Raises:
+        SourceError: the target exists and may not be replaced, or it can't be written.
+    """
+    target = Path(target)
+    _check_replaceable(target, force)
+    with _named(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield temporary
+        with _named(target):
+            _share(temporary, 0o777)
+            for path in [*temporary.rglob("*"), temporary]:
+                _flush(path)
+            _swap(temporary, target)
+            _flush(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, force: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SourceError(f"{target}: exists and is not a folder")
+    if any(target.iterdir()):
+        if not force:
+            raise SourceError(f"{target}: already exists; choose another folder, or replace it with force")
+        if not (target / "config.json").exists():
+            raise SourceError(f"{target}: is not a model's folder (it has no config.json) and will not be replaced")
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Puts one folder in the place of another; the old one is removed only when the new one stands."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old)
+
+
+def _share(path: Path, mode: int) -> None:
+    """Gives a temporary file the permissions that an ordinary new file would have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(mode & ~mask)
+
+
+def _flush(path: Path) -> None:
+    """Flushes a file's or a folder's contents to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise SourceError(f"{target}: can't be written ({problem.strerror or problem})") from None

@@ -1,0 +1,298 @@
+"""The configuration of a BERT encoder, under Hugging Face's names.
+
+`BertConfig` holds every field that changes the numbers, checked when it is built, before anything is allocated.
+`from_hf` reads a `config.json`; a field that is neither understood here nor known to be without effect on the encoder
+is refused, because a field that is read and ignored is how a port goes quietly wrong. What is known to be without
+effect is kept aside in `extra` and comes back from `to_hf` unchanged.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bertjax.errors import ConfigError, SourceError
+
+#: Activations by Hugging Face's names. "gelu" is the erf form; "gelu_new", "gelu_pytorch_tanh" and "gelu_fast" are
+#: three spellings of the tanh approximation; "quick_gelu" is x * sigmoid(1.702 x).
+ACTIVATIONS = (
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "gelu_fast",
+    "quick_gelu",
+    "relu",
+    "silu",
+    "swish",
+    "tanh",
+)
+
+#: Sizes of the published English models (google-research/bert): layers, hidden size, heads.
+PRESETS: Mapping[str, tuple[int, int, int]] = {
+    "tiny": (2, 128, 2),
+    "mini": (4, 256, 4),
+    "small": (4, 512, 8),
+    "medium": (8, 512, 8),
+    "base": (12, 768, 12),
+    "large": (24, 1024, 16),
+}
+
+# Upper bounds are far above any BERT that was ever published, and low enough that a hostile or garbled config can't
+# ask for an absurd allocation.
+_MAX_SIZE = 1 << 16
+_MAX_LAYERS = 1 << 10
+_MAX_ROWS = 1 << 24
+
+# Fields of config.json that do not change what the encoder computes: they concern generation, training bookkeeping,
+# the library that wrote the file, the heads, or the tokenizer. They are carried, not read.
+_INERT_FIELDS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels adapters architectures
+    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cls_token_id
+    decoder_start_token_id directionality diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    eos_token_id eos_token_ids exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing id2label keys_to_ignore_at_inference label2id language
+    length_penalty mask_token_id max_length min_length model_max_length model_name name no_repeat_ngram_size
+    num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states output_past
+    output_scores pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+    prefix problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    sbert_ce_default_activation_function sentence_transformers sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unk_token_id use_bfloat16 use_cache vocab_file xla_device
+    """.split()
+)
+
+# Fields that would change the computation in a way that bertjax does not implement. Each is accepted only at the
+# value(s) that leave the plain encoder as it is.
+_REFUSED_UNLESS: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "is_decoder": ((False, None), "bertjax implements the encoder only"),
+    "add_cross_attention": ((False, None), "bertjax implements the encoder only"),
+    "is_encoder_decoder": ((False, None), "bertjax implements the encoder only"),
+    "tie_encoder_decoder": ((False, None), "bertjax implements the encoder only"),
+    "cross_attention_hidden_size": ((None,), "bertjax implements the encoder only"),
+    "pruned_heads": (({}, None), "pruned heads are not supported; un-prune the checkpoint first"),
+    "quantization_config": ((None,), "quantised weights are not supported; convert the original, unquantised model"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Sizes and constants of a BERT encoder.
+
+    Every field has the name and the default of Hugging Face's `BertConfig`. Instances are immutable and hashable, and
+    building one with unusable values raises `ConfigError` that lists every problem.
+
+    `extra` carries the fields of a `config.json` that do not change the encoder's numbers (labels, versions, ...), so
+    that `to_hf` gives them back; it takes no part in equality or hashing.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    position_embedding_type: str = "absolute"
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self):
+        problems = _problems(self)
+        if problems:
+            raise ConfigError("unusable BERT configuration: " + "; ".join(problems))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, `hidden_size // num_attention_heads`."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "BertConfig":
+        """Returns one of the published sizes: tiny, mini, small, medium, base or large.
+
+        Args:
+            name: a key of `PRESETS`.
+            **overrides: fields to set differently, for instance `vocab_size`.
+
+        Raises:
+            ConfigError: the name is unknown or an override is unusable.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+        layers, hidden, heads = PRESETS[name]
+        sizes = {
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * hidden,
+        }
+        return cls(**(sizes | overrides))
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], *, ignore: Iterable[str] = ()) -> "BertConfig":
+        """Reads the contents of a Hugging Face `config.json`.
+
+        Args:
+            config: the parsed JSON object.
+            ignore: unknown fields that the caller knows to have no effect on the encoder.
+
+        Returns:
+            The configuration; fields without effect on the encoder are kept in `extra`.
+
+        Raises:
+            ConfigError: it is not BERT's, asks for a decoder or for something else that is not implemented, has
+                fields that are not known, or unusable values. One error names every problem.
+        """
+        problems = _foreign_problems(config, frozenset(ignore))
+        values = {name: config[name] for name in _FIELDS if name in config}
+        problems += _value_problems(values)
+        if problems:
+            raise ConfigError("unusable BERT configuration: " + "; ".join(problems))
+        extra = {name: value for name, value in config.items() if name not in _FIELDS and name != "model_type"}
+        return cls(**values, extra=extra)
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, ignore: Iterable[str] = ()) -> "BertConfig":
+        """Reads a `config.json` file; see `from_hf`. Raises `SourceError` if the file can't be read."""
+        path = Path(path)
+        config = read_json_object(path)
+        try:
+            return cls.from_hf(config, ignore=ignore)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def to_hf(self) -> dict[str, Any]:
+        """Returns the contents of a `config.json` that transformers reads as this configuration."""
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        return {**self.extra, "model_type": "bert", **fields}
+
+
+_FIELDS: Mapping[str, dataclasses.Field] = {
+    field.name: field for field in dataclasses.fields(BertConfig) if field.name != "extra"
+}
+
+
+def read_json_object(path: Path, error: type[Exception] = ConfigError) -> dict[str, Any]:
+    """Reads a JSON file that must hold an object.
+
+    Args:
+        path: the file.
+        error: the error class to raise when the contents are not a JSON object.
+
+    Raises:
+        SourceError: the file can't be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise error(f"{path}: not UTF-8 text ({problem})") from None
+    except OSError as problem:
+        raise SourceError(f"{path}: can't be read ({problem.strerror})") from None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON ({problem})") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _foreign_problems(config: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:
+    """What in a config.json is not BERT's encoder, or not known at all."""
+    problems = []
+    # The oldest checkpoints (pytorch-pretrained-bert, 2019) have no model_type; what is there is then checked by name.
+    model_type = config.get("model_type", "bert")
+    if model_type != "bert":
+        problems.append(f"model_type is {model_type!r}, bertjax reads 'bert' only")
+    for name, (accepted, why) in _REFUSED_UNLESS.items():
+        if name in config and config[name] not in accepted:
+            problems.append(f"{name}={config[name]!r}: {why}")
+    known = _INERT_FIELDS | _REFUSED_UNLESS.keys() | _FIELDS.keys() | {"model_type"} | ignore
+    unknown = sorted(set(config) - known)
+    if unknown:
+        problems.append(
+            f"unknown field(s) {', '.join(map(repr, unknown))}: if they do not change what the encoder computes, "
+            "name them in `ignore`"
+        )
+    return problems
+
+
+def _problems(config: BertConfig) -> list[str]:
+    return _value_problems({name: getattr(config, name) for name in _FIELDS})
+
+
+def _value_problems(values: Mapping[str, Any]) -> list[str]:
+    """Everything wrong with the given fields; those that are absent keep their (sound) default."""
+    problems = [
+        f"{name}={values[name]!r}: {expected}"
+        for name, (accepts, expected) in _CHECKS.items()
+        if name in values and not accepts(values[name])
+    ]
+    if problems:  # the relations below mean nothing between values that are themselves unusable
+        return problems
+    full = {name: values.get(name, field.default) for name, field in _FIELDS.items()}
+    if full["hidden_size"] % full["num_attention_heads"]:
+        problems.append(
+            f"hidden_size={full['hidden_size']} is not divisible by num_attention_heads={full['num_attention_heads']}"
+        )
+    pad = full["pad_token_id"]
+    if pad is not None and pad >= full["vocab_size"]:
+        problems.append(f"pad_token_id={pad} is outside the vocabulary of {full['vocab_size']}")
+    return problems
+
+
+def _is_int(low: int, high: int) -> Callable[[Any], bool]:
+    # bool is a subclass of int in Python, but `"hidden_size": true` is a mistake
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _is_number(accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and math.isfinite(value) and accepts(value)
+
+    return check
+
+
+_Check = tuple[Callable[[Any], bool], str]
+
+
+def _size(high: int) -> _Check:
+    return _is_int(1, high), f"expected an integer from 1 to {high}"
+
+
+_PROBABILITY: _Check = (_is_number(lambda value: 0 <= value < 1), "expected a number from 0 to less than 1")
+
+_CHECKS: Mapping[str, _Check] = {
+    "vocab_size": _size(_MAX_ROWS),
+    "hidden_size": _size(_MAX_SIZE),
+    "num_hidden_layers": _size(_MAX_LAYERS),
+    "num_attention_heads": _size(_MAX_SIZE),
+    "intermediate_size": _size(4 * _MAX_SIZE),
+    "hidden_act": (
+        lambda value: isinstance(value, str) and value in ACTIVATIONS,
+        f"expected one of {', '.join(ACTIVATIONS)}",
+    ),
+    "hidden_dropout_prob": _PROBABILITY,
+    "attention_probs_dropout_prob": _PROBABILITY,
+    "max_position_embeddings": _size(_MAX_ROWS),
+    "type_vocab_size": _size(_MAX_SIZE),
+    "initializer_range": (_is_number(lambda value: value >= 0), "expected a number of at least 0"),
+    "layer_norm_eps": (_is_number(lambda value: 0 < value < 1), "expected a number between 0 and 1"),
+    "pad_token_id": (
+        lambda value: value is None or _is_int(0, _MAX_ROWS)(value),
+        "expected a token id or null",
+    ),
+    "position_embedding_type": (
+        lambda value: value == "absolute",
+        "only 'absolute' positions are implemented",
+    ),
+}

@@ -1,0 +1,110 @@
+"""A local folder, or a snapshot of a repository on the Hugging Face Hub: either way a folder of files.
+
+The Hub client's own cache, tokens, offline mode and environment variables apply unchanged.
+"""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from bertjax.errors import SourceError
+
+logger = logging.getLogger(__name__)
+
+#: What is fetched: configuration, tokenizer and safetensors weights, at the top or in a sentence-transformers module's
+#: folder. Weights for other engines, and everything else a repository holds, stay where they are.
+NEEDED_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]_*/*.json",
+    "[0-9]_*/vocab.txt",
+    "[0-9]_*/model*.safetensors",
+)
+
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def resolve(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Returns a folder that holds a model's files.
+
+    Args:
+        path_or_hub_id: a folder, or a repository on the Hub such as "sentence-transformers/all-MiniLM-L6-v2".
+        revision: for the Hub: a branch, a tag or a commit.
+        token: for the Hub: an access token, True for the stored one, or None for the client's default.
+        cache_dir: for the Hub: where to keep the files; default: the client's cache.
+        local_files_only: for the Hub: use what is in the cache, ask nobody.
+
+    Raises:
+        SourceError: there is no such folder or repository, or the Hub can't be reached.
+    """
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise SourceError(f"{folder}: is a local folder; revision={revision!r} applies to the Hub only")
+        return folder
+    name = os.fspath(path_or_hub_id)
+    if folder.exists():
+        raise SourceError(f"{folder}: is a file, expected a folder with config.json and the weights")
+    if isinstance(path_or_hub_id, Path) or not _REPOSITORY.fullmatch(name) or ".." in name or name.startswith("."):
+        raise SourceError(f"{name}: no such folder")
+    return _snapshot(name, revision, token, cache_dir, local_files_only)
+
+
+def _snapshot(
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> Path:
+    # The client takes a while to import, and a local folder does not need it.
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=list(NEEDED_FILES),
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    except errors.GatedRepoError:
+        raise SourceError(f"{name}: this repository is gated; accept its terms on the Hub and pass a token") from None
+    except errors.RepositoryNotFoundError:
+        raise SourceError(
+            f"{name}: neither a folder here nor a repository on the Hub; a private one needs a token"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise SourceError(f"{name}: the Hub has no revision {revision!r} of it") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise SourceError(
+            f"{name}{at}: no such folder, not in the cache of the Hub, and the Hub can't be asked; "
+            "check the name and the connection, or pass a local folder"
+        ) from None
+    except errors.HFValidationError as problem:
+        raise SourceError(f"{name}: not a repository's name ({problem})") from None
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as problem:
+        raise SourceError(f"{name}{at}: can't be fetched from the Hub ({problem})") from None
+    logger.info("%s%s resolved to %s", name, at, path)
+    return Path(path)

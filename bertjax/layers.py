@@ -1,0 +1,235 @@
+"""The parts of a BERT encoder: embeddings, self-attention, feed-forward, one encoder layer.
+
+Everything between two matmuls is float32: matmuls take inputs in the compute dtype and accumulate in float32, and the
+residual stream, LayerNorm, GELU and softmax stay there. Lower precision thus means inputs, not accumulators.
+
+Dropout needs no hidden state: a call that is given a random key drops, one that is not does not.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bertjax.attention import attend, matmul_precision
+from bertjax.config import BertConfig
+
+DType = jax.typing.DTypeLike
+
+
+def _gelu_erf(x: jax.Array) -> jax.Array:
+    """x Phi(x), the exact GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU (same paper, section 2)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    """The sigmoid approximation of GELU (same paper, section 2)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+#: What each name of `config.ACTIVATIONS` computes; on float32.
+ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _gelu_erf,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: DType,
+    param_dtype: DType,
+    initializer_range: float,
+    use_bias: bool = True,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A dense layer with a kernel [in_features, out_features], inputs in `dtype` and a float32 result.
+
+    Kernels are drawn from a normal distribution cut at two standard deviations, as in the BERT paper's code.
+    """
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=matmul_precision(dtype),
+        preferred_element_type=jnp.float32,
+        kernel_init=nnx.initializers.truncated_normal(initializer_range),
+        rngs=rngs,
+    )
+
+
+def _layer_norm(config: BertConfig, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm over the hidden axis, in float32.
+
+    The variance is taken in two passes: E[x^2] - E[x]^2 cancels badly where activations are large.
+    """
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=config.layer_norm_eps,
+        dtype=jnp.float32,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    return nnx.Dropout(rate, deterministic=key is None)(x, rngs=key)
+
+
+def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+class BertEmbeddings(nnx.Module):
+    """Sum of word, position and token-type embeddings, then LayerNorm and dropout."""
+
+    def __init__(self, config: BertConfig, *, param_dtype: DType, rngs: nnx.Rngs):
+        def table(rows: int) -> nnx.Embed:
+            return nnx.Embed(
+                rows,
+                config.hidden_size,
+                param_dtype=param_dtype,
+                embedding_init=nnx.initializers.truncated_normal(config.initializer_range),
+                rngs=rngs,
+            )
+
+        self.word_embeddings = table(config.vocab_size)
+        self.position_embeddings = table(config.max_position_embeddings)
+        self.token_type_embeddings = table(config.type_vocab_size)
+        self.layer_norm = _layer_norm(config, param_dtype, rngs)
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(
+        self,
+        input_ids: jax.Array,
+        token_type_ids: jax.Array,
+        position_ids: jax.Array,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps ids, each int [batch, length], to float32 [batch, length, hidden]."""
+        # Rows are cast after they are looked up: casting the tables would touch every row of the vocabulary.
+        words = self.word_embeddings(input_ids).astype(jnp.float32)
+        types = self.token_type_embeddings(token_type_ids).astype(jnp.float32)
+        positions = self.position_embeddings(position_ids).astype(jnp.float32)
+        return _dropout(self.layer_norm(words + types + positions), self.dropout_rate, dropout_key)
+
+
+class BertSelfAttention(nnx.Module):
+    """Multi-head self-attention and its output projection, without the residual."""
+
+    def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        def square() -> nnx.Linear:
+            return linear(
+                config.hidden_size,
+                config.hidden_size,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                initializer_range=config.initializer_range,
+                rngs=rngs,
+            )
+
+        self.query = square()
+        self.key = square()
+        self.value = square()
+        self.output = square()
+        self.num_heads = config.num_attention_heads
+        self.dropout_rate = config.attention_probs_dropout_prob
+        self.dtype = dtype
+
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, dropout_key: jax.Array | None, return_weights: bool
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length]."""
+        heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
+        query, key, value = (
+            project(x).astype(self.dtype).reshape(heads) for project in (self.query, self.key, self.value)
+        )
+        context, weights = attend(
+            query,
+            key,
+            value,
+            mask,
+            dropout_rate=self.dropout_rate,
+            dropout_key=dropout_key,
+            return_weights=return_weights,
+        )
+        return self.output(context.reshape(x.shape)), weights
+
+
+class BertFeedForward(nnx.Module):
+    """The position-wise feed-forward block, without the residual."""
+
+    def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        options = {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "initializer_range": config.initializer_range,
+            "rngs": rngs,
+        }
+        self.intermediate = linear(config.hidden_size, config.intermediate_size, **options)
+        self.output = linear(config.intermediate_size, config.hidden_size, **options)
+        self.activation = config.hidden_act
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float32 [batch, length, hidden] to the same shape."""
+        return self.output(ACTIVATION_FUNCTIONS[self.activation](self.intermediate(x)))
+
+
+class BertLayer(nnx.Module):
+    """One encoder layer: attention and feed-forward, each followed by dropout, residual and LayerNorm (post-LN)."""
+
+    def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        self.attention = BertSelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.attention_norm = _layer_norm(config, param_dtype, rngs)
+        self.feed_forward = BertFeedForward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.feed_forward_norm = _layer_norm(config, param_dtype, rngs)
+        self.dropout_rate = config.hidden_dropout_prob
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        dropout_key: jax.Array | None = None,
+        return_weights: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length]."""
+        attention_key, hidden_key, output_key = _split(dropout_key, 3)
+        attended, weights = self.attention(x, mask, attention_key, return_weights)
+        x = self.attention_norm(x + _dropout(attended, self.dropout_rate, hidden_key))
+        x = self.feed_forward_norm(x + _dropout(self.feed_forward(x), self.dropout_rate, output_key))
+        return x, weights
+
+
+class BertPooler(nnx.Module):
+    """tanh(W h + b) of the first position, [CLS]: what BERT pre-trained for next-sentence prediction."""
+
+    def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        self.dense = linear(
+            config.hidden_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            initializer_range=config.initializer_range,
+            rngs=rngs,
+        )
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Maps float32 [batch, length, hidden] to float32 [batch, hidden]."""
+        return jnp.tanh(self.dense(hidden[:, 0]))

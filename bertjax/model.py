@@ -1,0 +1,256 @@
+"""BERT's encoder as a Flax NNX module (Devlin et al. 2018, arXiv:1810.04805).
+
+Layers are stacked: every array of the encoder has a leading `layers` axis, and one `lax.scan` runs over it. A model
+compiles in the time of one layer, and the parameter tree has a few dozen arrays instead of hundreds.
+"""
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from bertjax.config import BertConfig
+from bertjax.errors import ConfigError
+from bertjax.inputs import check_inputs
+from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BertOutput:
+    """What the encoder returns; a pytree. Everything is float32.
+
+    Attributes:
+        last_hidden_state: [batch, length, hidden].
+        pooler_output: [batch, hidden], or None for a model without a pooler.
+        hidden_states: [layers + 1, batch, length, hidden], the embeddings first, or None if not asked for.
+        attentions: [layers, batch, heads, length, length], each row summing to 1, or None if not asked for.
+    """
+
+    last_hidden_state: jax.Array
+    pooler_output: jax.Array | None = None
+    hidden_states: jax.Array | None = None
+    attentions: jax.Array | None = None
+
+
+class BertEncoder(nnx.Module):
+    """A stack of identical layers, run by one scan."""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        dtype: DType,
+        param_dtype: DType,
+        remat: bool,
+        unroll: int | bool,
+        rngs: nnx.Rngs,
+    ):
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> BertLayer:
+            return BertLayer(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.num_layers = config.num_hidden_layers
+        self.remat = remat
+        self.unroll = unroll
+
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+        """Maps float32 [batch, length, hidden] to the last hidden state, all hidden states and the attentions."""
+
+        def step(x, scanned):
+            layer, key = scanned
+            y, weights = layer(x, mask, key, output_attentions)
+            return y, (x if output_hidden_states else None, weights)
+
+        if self.remat:
+            step = jax.checkpoint(step)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
+        last, (hidden, attentions) = lax.scan(step, x, (self.layers, keys), unroll=self.unroll)
+        if output_hidden_states:
+            hidden = jnp.concatenate([hidden, last[None]])
+        return last, hidden, attentions
+
+
+class BertModel(nnx.Module):
+    """BERT's encoder with embeddings and, optionally, the pooler.
+
+    Calling a model compiles it, once per shape; inside a caller's own `jit` the call is simply traced. For a pure
+    function of the parameters see `bertjax.functional`.
+
+    Args:
+        config: sizes and constants.
+        add_pooling_layer: whether there is a pooler (`pooler_output`).
+        dtype: dtype of the matmuls' inputs: float32, bfloat16 or float16. Accumulation, softmax, LayerNorm and the
+            residual stream are float32 whatever it is, and so are the outputs.
+        param_dtype: dtype of the parameters.
+        remat: recompute each layer's activations in the backward pass instead of keeping them.
+        unroll: how many layers one step of the scan runs; True unrolls all of them.
+        rngs: random keys for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        add_pooling_layer: bool = True,
+        dtype: DType = jnp.float32,
+        param_dtype: DType = jnp.float32,
+        remat: bool = False,
+        unroll: int | bool = 1,
+        rngs: nnx.Rngs,
+    ):
+        dtype = check_dtype("dtype", dtype)
+        param_dtype = check_dtype("param_dtype", param_dtype)
+        self.config = config
+        self.embeddings = BertEmbeddings(config, param_dtype=param_dtype, rngs=rngs)
+        self.encoder = BertEncoder(
+            config, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll, rngs=rngs
+        )
+        self.pooler = (
+            BertPooler(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if add_pooling_layer else None
+        )
+        # How the checkpoint spelt its names, kept so that `save_pretrained` gives the same file back.
+        self.layout = None
+
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
+        segment_ids: Any = None,
+        *,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        dropout_key: jax.Array | None = None,
+    ) -> BertOutput:
+        """Encodes a batch of token ids.
+
+        Args:
+            input_ids: int [batch, length].
+            attention_mask: 0/1 or bool [batch, length]; 0 marks padding. Default: no padding.
+            token_type_ids: int [batch, length]; which of two texts a token belongs to. Default: 0.
+            position_ids: int [batch, length]. Default: counted from the start of the row or, with `segment_ids`, from
+                the start of the segment.
+            segment_ids: int [batch, length], for several texts packed into a row: a token attends only to tokens of
+                its own segment. Segments are runs of equal numbers; 0 marks padding. Default: a row is one text.
+            output_hidden_states: also return every layer's input and the last one's output.
+            output_attentions: also return the attention weights.
+            dropout_key: a JAX random key turns dropout on, for training; None, the default, leaves it off.
+
+        Returns:
+            A `BertOutput`. `pooler_output` looks at the first position of a row only.
+
+        Raises:
+            InputError: a shape, dtype or id is not usable.
+        """
+        inputs = check_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, segment_ids)
+        return _forward(self, inputs, dropout_key, output_hidden_states, output_attentions)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: "str | Path", **options: Any) -> "BertModel":
+        """Loads a checkpoint; see `bertjax.pretrained.load_model` for the options and the errors."""
+        # Imported here because a model knows nothing of files: `pretrained` imports this module, not the reverse.
+        from bertjax.pretrained import load_model
+
+        return load_model(path_or_hub_id, **options)
+
+    def save_pretrained(self, folder: "str | Path", **options: Any) -> None:
+        """Writes a Hugging Face folder; see `bertjax.pretrained.save_model` for the options and the errors."""
+        from bertjax.pretrained import save_model
+
+        save_model(self, folder, **options)
+
+    def __str__(self) -> str:
+        return module_tree(self)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _forward(
+    model: BertModel,
+    inputs: dict[str, jax.Array | None],
+    dropout_key: jax.Array | None,
+    output_hidden_states: bool,
+    output_attentions: bool,
+) -> BertOutput:
+    """The whole computation, on checked inputs."""
+    input_ids, segment_ids = inputs["input_ids"], inputs["segment_ids"]
+    position_ids, token_type_ids = inputs["position_ids"], inputs["token_type_ids"]
+    if position_ids is None:
+        position_ids = _positions(input_ids, segment_ids)
+    if token_type_ids is None:
+        token_type_ids = jnp.zeros_like(input_ids)
+    embedding_key, encoder_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+    x = model.embeddings(input_ids, token_type_ids, position_ids, embedding_key)
+    last, hidden_states, attentions = model.encoder(
+        x,
+        _may_attend(input_ids, inputs["attention_mask"], segment_ids),
+        dropout_key=encoder_key,
+        output_hidden_states=output_hidden_states,
+        output_attentions=output_attentions,
+    )
+    pooled = None if model.pooler is None else model.pooler(last)
+    return BertOutput(last, pooled, hidden_states, attentions)
+
+
+def _positions(input_ids: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Positions int32 [batch, length], counted from the start of the row or of each run of equal segment ids."""
+    index = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+    if segment_ids is None:
+        return index
+    starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def _may_attend(
+    input_ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Which key each query may look at: bool, broadcastable to [batch, heads, queries, keys]."""
+    mask = jnp.ones((1, 1, 1, input_ids.shape[1]), bool)
+    if attention_mask is not None:
+        mask = attention_mask[:, None, None, :]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return mask
+
+
+def check_dtype(name: str, dtype: DType) -> jnp.dtype:
+    """Returns the dtype if a model can compute in it. Raises `ConfigError` otherwise."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in [jnp.dtype(accepted) for accepted in _COMPUTE_DTYPES]:
+        names = ", ".join(jnp.dtype(accepted).name for accepted in _COMPUTE_DTYPES)
+        raise ConfigError(f"{name}={dtype!r} is not supported; expected one of {names}")
+    return found
+
+
+def module_tree(module: nnx.Module, name: str = "", indent: int = 0) -> str:
+    """A module and what it is made of, a line each, with the shape and dtype of every parameter."""
+    lines = [f"{'  ' * indent}{name + ': ' if name else ''}{type(module).__name__}"]
+    for child_name, child in vars(module).items():
+        if isinstance(child, nnx.Module):
+            lines.append(module_tree(child, child_name, indent + 1))
+        elif isinstance(child, nnx.Variable):
+            lines.append(f"{'  ' * (indent + 1)}{child_name}: {child.dtype.name}{list(child.shape)}")
+    return "\n".join(lines)
