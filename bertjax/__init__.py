@@ -1,1 +1,43 @@
-"""BERT on JAX and Flax NNX."""
+"""BERT on JAX and Flax NNX: strict weight conversion both ways, a jitted encoder, sentence vectors.
+
+Names are loaded when they are first used, so that `import bertjax` costs little and starts no JAX backend.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BertConfig": "config",
+    "BertModel": "model",
+    "BertOutput": "model",
+    "BertjaxError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "InputError": "errors",
+    "SentenceEncoder": "embedder",
+    "SentenceModel": "sentence",
+    "SourceError": "errors",
+    "Tokenizer": "tokenizer",
+    "TokenizerError": "errors",
+    "convert_checkpoint": "pretrained",
+    "describe": "reports",
+    "functional": "model",
+    "named_parameters": "reports",
+    "parameter_table": "reports",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bertjax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"bertjax.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
         os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
         with _named(target):
+            yield temporary
             _share(temporary, 0o666)
             _flush(temporary)
             temporary.replace(target)
@@ -39,23 +40,24 @@ def atomic_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
 
     Args:
         target: the folder to make; its parents are made too.
-        force: replace an existing folder of an earlier model (one that has a config.json, or is empty). Nothing else
-            is ever replaced.
+        force: replace an existing folder of an earlier model. Nothing else is ever replaced, except an empty folder.
 
     Raises:
         SourceError: the target exists and may not be replaced, or it can't be written.
     """
-    target = Path(target)
-    _check_replaceable(target, force)
+    # Resolved, so that a link to a folder stays a link, and "." has a name and a parent.
+    target = Path(os.path.realpath(target))
     with _named(target):
+        _check_replaceable(target, force)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        yield temporary
         with _named(target):
+            yield temporary
             _share(temporary, 0o777)
             for path in [*temporary.rglob("*"), temporary]:
                 _flush(path)
+            _check_replaceable(target, force)  # again: someone else may have made it in the meantime
             _swap(temporary, target)
             _flush(target.parent)
     finally:
@@ -63,15 +65,21 @@ def atomic_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def _check_replaceable(target: Path, force: bool) -> None:
+    """Refuses to replace what is not an earlier model: config.json, weights, and no folders but its modules'."""
     if not target.exists():
         return
     if not target.is_dir():
         raise SourceError(f"{target}: exists and is not a folder")
-    if any(target.iterdir()):
-        if not force:
-            raise SourceError(f"{target}: already exists; choose another folder, or replace it with force")
-        if not (target / "config.json").exists():
-            raise SourceError(f"{target}: is not a model's folder (it has no config.json) and will not be replaced")
+    entries = list(target.iterdir())
+    if not entries:
+        return
+    if not force:
+        raise SourceError(f"{target}: already exists; choose another folder, or replace it with force")
+    names = {path.name for path in entries}
+    strange = sorted(path.name for path in entries if path.is_dir() and not re.match(r"\d_", path.name))
+    if "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names) or strange:
+        found = f"it holds {', '.join(strange)}" if strange else "it has no config.json beside weights"
+        raise SourceError(f"{target}: is not just a model's folder ({found}) and will not be replaced; remove it first")
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -80,13 +88,16 @@ def _swap(temporary: Path, target: Path) -> None:
         temporary.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old)
     try:
+        target.rename(old)
         temporary.rename(target)
-    except OSError:
-        old.rename(target)
+    except BaseException:  # an interruption too
+        with contextlib.suppress(OSError):
+            old.rename(target)  # fails where `target` is not gone or stands already, and then there is nothing to do
         raise
-    shutil.rmtree(old)
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _share(path: Path, mode: int) -> None:
@@ -109,5 +120,7 @@ def _flush(path: Path) -> None:
 def _named(target: Path) -> Iterator[None]:
     try:
         yield
+    except SourceError:  # an OSError that already says what it is about
+        raise
     except OSError as problem:
         raise SourceError(f"{target}: can't be written ({problem.strerror or problem})") from None

@@ -8,7 +8,7 @@ effect is kept aside in `extra` and comes back from `to_hf` unchanged.
 
 import dataclasses
 import json
-import math
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ PRESETS: Mapping[str, tuple[int, int, int]] = {
 _MAX_SIZE = 1 << 16
 _MAX_LAYERS = 1 << 10
 _MAX_ROWS = 1 << 24
+
+# A JSON file is read whole, so its size is limited, to what safetensors allows a header.
+_MAX_JSON_BYTES = 100_000_000
 
 # Fields of config.json that do not change what the encoder computes: they concern generation, training bookkeeping,
 # the library that wrote the file, the heads, or the tokenizer. They are carried, not read.
@@ -191,13 +194,16 @@ def read_json_object(path: Path, error: type[Exception] = ConfigError) -> dict[s
         SourceError: the file can't be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
+    except OSError as problem:
+        raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
+    if len(data) > _MAX_JSON_BYTES:
+        raise error(f"{path}: larger than {_MAX_JSON_BYTES} bytes, which no such file is")
+    try:
+        value = json.loads(data.decode())
     except UnicodeDecodeError as problem:
         raise error(f"{path}: not UTF-8 text ({problem})") from None
-    except OSError as problem:
-        raise SourceError(f"{path}: can't be read ({problem.strerror})") from None
-    try:
-        value = json.loads(text)
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not valid JSON ({problem})") from None
     if not isinstance(value, dict):
@@ -211,10 +217,10 @@ def _foreign_problems(config: Mapping[str, Any], ignore: frozenset[str]) -> list
     # The oldest checkpoints (pytorch-pretrained-bert, 2019) have no model_type; what is there is then checked by name.
     model_type = config.get("model_type", "bert")
     if model_type != "bert":
-        problems.append(f"model_type is {model_type!r}, bertjax reads 'bert' only")
+        problems.append(f"model_type is {reprlib.repr(model_type)}, bertjax reads 'bert' only")
     for name, (accepted, why) in _REFUSED_UNLESS.items():
         if name in config and config[name] not in accepted:
-            problems.append(f"{name}={config[name]!r}: {why}")
+            problems.append(f"{name}={reprlib.repr(config[name])}: {why}")
     known = _INERT_FIELDS | _REFUSED_UNLESS.keys() | _FIELDS.keys() | {"model_type"} | ignore
     unknown = sorted(set(config) - known)
     if unknown:
@@ -232,7 +238,7 @@ def _problems(config: BertConfig) -> list[str]:
 def _value_problems(values: Mapping[str, Any]) -> list[str]:
     """Everything wrong with the given fields; those that are absent keep their (sound) default."""
     problems = [
-        f"{name}={values[name]!r}: {expected}"
+        f"{name}={reprlib.repr(values[name])}: {expected}"
         for name, (accepts, expected) in _CHECKS.items()
         if name in values and not accepts(values[name])
     ]
@@ -255,9 +261,10 @@ def _is_int(low: int, high: int) -> Callable[[Any], bool]:
 
 
 def _is_number(accepts: Callable[[float], bool]) -> Callable[[Any], bool]:
+    # `accepts` compares with finite bounds, which NaN and infinity fail, and integers too large for a float as well
     def check(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return is_number and math.isfinite(value) and accepts(value)
+        return is_number and accepts(value)
 
     return check
 
@@ -285,7 +292,7 @@ _CHECKS: Mapping[str, _Check] = {
     "attention_probs_dropout_prob": _PROBABILITY,
     "max_position_embeddings": _size(_MAX_ROWS),
     "type_vocab_size": _size(_MAX_SIZE),
-    "initializer_range": (_is_number(lambda value: value >= 0), "expected a number of at least 0"),
+    "initializer_range": (_is_number(lambda value: 0 <= value <= 1000), "expected a number from 0 to 1000"),
     "layer_norm_eps": (_is_number(lambda value: 0 < value < 1), "expected a number between 0 and 1"),
     "pad_token_id": (
         lambda value: value is None or _is_int(0, _MAX_ROWS)(value),

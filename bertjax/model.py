@@ -5,7 +5,6 @@ compiles in the time of one layer, and the parameter tree has a few dozen arrays
 """
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -164,7 +163,13 @@ class BertModel(nnx.Module):
             InputError: a shape, dtype or id is not usable.
         """
         inputs = check_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, segment_ids)
-        return _forward(self, inputs, dropout_key, output_hidden_states, output_attentions)
+        return _compiled_encode(
+            self,
+            inputs,
+            dropout_key,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: "str | Path", **options: Any) -> "BertModel":
@@ -184,26 +189,21 @@ class BertModel(nnx.Module):
         return module_tree(self)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _forward(
+def encode(
     model: BertModel,
     inputs: dict[str, jax.Array | None],
-    dropout_key: jax.Array | None,
-    output_hidden_states: bool,
-    output_attentions: bool,
+    dropout_key: jax.Array | None = None,
+    output_hidden_states: bool = False,
+    output_attentions: bool = False,
 ) -> BertOutput:
-    """The whole computation, on checked inputs."""
-    input_ids, segment_ids = inputs["input_ids"], inputs["segment_ids"]
-    position_ids, token_type_ids = inputs["position_ids"], inputs["token_type_ids"]
-    if position_ids is None:
-        position_ids = _positions(input_ids, segment_ids)
-    if token_type_ids is None:
-        token_type_ids = jnp.zeros_like(input_ids)
+    """The whole computation, on inputs that `check_inputs` returned; neither checked again nor compiled."""
+    input_ids = inputs["input_ids"]
+    types = jnp.zeros_like(input_ids) if inputs["token_type_ids"] is None else inputs["token_type_ids"]
     embedding_key, encoder_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    x = model.embeddings(input_ids, token_type_ids, position_ids, embedding_key)
+    x = model.embeddings(input_ids, types, token_positions(inputs), embedding_key)
     last, hidden_states, attentions = model.encoder(
         x,
-        _may_attend(input_ids, inputs["attention_mask"], segment_ids),
+        _may_attend(input_ids, inputs["attention_mask"], inputs["segment_ids"]),
         dropout_key=encoder_key,
         output_hidden_states=output_hidden_states,
         output_attentions=output_attentions,
@@ -212,8 +212,14 @@ def _forward(
     return BertOutput(last, pooled, hidden_states, attentions)
 
 
-def _positions(input_ids: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Positions int32 [batch, length], counted from the start of the row or of each run of equal segment ids."""
+_compiled_encode = jax.jit(encode, static_argnames=("output_hidden_states", "output_attentions"))
+
+
+def token_positions(inputs: dict[str, jax.Array | None]) -> jax.Array:
+    """Each token's position, int32 [batch, length]: as given, or counted from the start of the row or the segment."""
+    if inputs["position_ids"] is not None:
+        return inputs["position_ids"]
+    input_ids, segment_ids = inputs["input_ids"], inputs["segment_ids"]
     index = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
     if segment_ids is None:
         return index
@@ -231,6 +237,21 @@ def _may_attend(
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return mask
+
+
+def functional(model: nnx.Module) -> tuple[Any, dict]:
+    """Splits a model into a pure function and its parameters, for use inside a JAX program.
+
+    Returns:
+        `apply` and `params`: `apply(params, *args, **kwargs)` computes `model(*args, **kwargs)`, has no side effects
+        and composes with `jit`, `grad`, `vmap` and `shard_map`; `params` is a nested dict of arrays.
+    """
+    graphdef, state = nnx.split(model)
+
+    def apply(params: dict, *args: Any, **kwargs: Any) -> Any:
+        return nnx.merge(graphdef, params)(*args, **kwargs)
+
+    return apply, nnx.to_pure_dict(state)
 
 
 def check_dtype(name: str, dtype: DType) -> jnp.dtype:

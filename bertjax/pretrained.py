@@ -1,6 +1,9 @@
 """Checkpoints to models and back: the only place where models, the Hub and the converter meet."""
 
+import dataclasses
 import json
+import logging
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,9 +18,15 @@ from bertjax import hub
 from bertjax.atomic import atomic_folder
 from bertjax.config import BertConfig, read_json_object
 from bertjax.convert import bert, files, rules
-from bertjax.errors import CheckpointError
+from bertjax.embedder import SentenceEncoder
+from bertjax.errors import CheckpointError, ConfigError, SourceError
 from bertjax.layers import DType
 from bertjax.model import BertModel, check_dtype
+from bertjax.sentence import Dense, Normalize, SentenceModel
+from bertjax.sentence_files import DenseSpec, read_spec, spec_files
+from bertjax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 #: Files that belong to a model but hold no encoder weights; a conversion copies them byte for byte.
 _SIDE_FILES = (
@@ -77,10 +86,14 @@ def load_model(
     dtype = check_dtype("dtype", dtype)
     param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
     weights = files.open_weights(folder)
-    pooled = bert.has_pooler(weights) if add_pooling_layer is None else add_pooling_layer
+    pooled = bert.has_pooler(weights, prefix) if add_pooling_layer is None else add_pooling_layer
     options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
-    graphdef, shapes = _abstract(config, add_pooling_layer=pooled, **options)
+    graphdef, shapes = abstract_model(config, add_pooling_layer=pooled, **options)
     plan = bert.match(weights, shapes, prefix)
+    # A pooler is left out only where the caller asks for it; a head is left out because there is nowhere to put it.
+    level = logging.WARNING if any("pooler" not in name for name in plan.unused) else logging.INFO
+    if plan.unused:
+        logger.log(level, "%s: not used by BertModel: %s", folder, ", ".join(plan.unused))
     arrays = ((path, jax.device_put(array, sharding)) for path, array in plan.arrays(param_dtype))
     model = nnx.merge(graphdef, rules.unflatten(arrays))
     model.layout = plan.layout
@@ -91,7 +104,7 @@ def save_model(
     model: BertModel,
     folder: str | Path,
     *,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     dtype: DType | None = None,
     layout: bert.Layout | None = None,
     force: bool = False,
@@ -111,17 +124,21 @@ def save_model(
 
     Raises:
         SourceError: the folder exists already, or can't be written.
-        CheckpointError: a parameter does not fit in `dtype`.
+        CheckpointError: a parameter is NaN or infinite, or does not fit in `dtype`.
     """
-    layout = layout or model.layout or bert.Layout()
-    tree = {path: _to_dtype(path, np.asarray(array), dtype) for path, array in _parameters(model)}
-    slots = rules.expand(bert.TABLE, {path: array.shape for path, array in tree.items()})
-    config = model.config.to_hf() | {"architectures": ["BertModel"]}
     with atomic_folder(folder, force=force) as temporary:
-        _write_config(temporary, config, tree.values())
-        _write_weights(temporary, bert.export(slots, tree, layout), layout)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        _write_model(model, temporary, tokenizer, dtype, layout or model.layout or bert.Layout())
+
+
+def _write_model(
+    model: BertModel, folder: Path, tokenizer: Tokenizer | None, dtype: DType | None, layout: bert.Layout
+) -> None:
+    tree = {path: _to_dtype(path, np.asarray(array), dtype) for path, array in parameters(model)}
+    slots = rules.expand(bert.TABLE, {path: array.shape for path, array in tree.items()})
+    _write_config(folder, model.config.to_hf() | {"architectures": ["BertModel"]}, tree.values())
+    _write_weights(folder, bert.export(slots, tree, layout), layout)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def convert_checkpoint(
@@ -156,13 +173,16 @@ def convert_checkpoint(
     Raises:
         SourceError, ConfigError, CheckpointError: see `load_model`.
     """
+    dtype = None if dtype is None else check_dtype("dtype", dtype)
     folder = hub.resolve(source, revision=revision, **hub_options)
+    if folder.resolve().is_relative_to(os.path.realpath(target)):
+        raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
     config = BertConfig.from_file(folder / "config.json", ignore=ignore)
     weights = files.open_weights(folder)
-    _, shapes = _abstract(config, add_pooling_layer=bert.has_pooler(weights))
+    _, shapes = abstract_model(config, add_pooling_layer=bert.has_pooler(weights, prefix))
     plan = bert.match(weights, shapes, prefix)
     with atomic_folder(target, force=force) as temporary:
-        tree = dict(plan.arrays(None if dtype is None else check_dtype("dtype", dtype)))
+        tree = dict(plan.arrays(dtype))
         kept = {} if dtype is not None else {tensor.name: tensor.dtype for tensor in plan.tensors}
         unused = [
             files.TensorToWrite(info.name, info.dtype, info.shape, info.read)
@@ -173,60 +193,147 @@ def convert_checkpoint(
         else:
             _write_config(temporary, read_json_object(folder / "config.json"), tree.values())
         _write_weights(temporary, [*bert.export(plan.slots, tree, plan.layout, kept), *unused], plan.layout)
+        if dtype is None and plan.layout.shards:  # the same tensors in the same places
+            shutil.copyfile(folder / files.INDEX_FILE, temporary / files.INDEX_FILE)
         _copy_side_files(folder, temporary)
     return plan
 
 
-def functional(model: nnx.Module) -> tuple[Any, dict]:
-    """Splits a model into a pure function and its parameters, for use inside a JAX program.
+def load_sentence_encoder(
+    path_or_hub_id: str | Path,
+    *,
+    pooling: str | tuple[str, ...] | None = None,
+    max_seq_length: int | None = None,
+    truncate_dim: int | None = None,
+    step_tokens: int | None = None,
+    revision: str | None = None,
+    dtype: DType = jnp.float32,
+    param_dtype: DType | None = None,
+    sharding: jax.sharding.Sharding | jax.Device | None = None,
+    tokenizer_normalizer: str | None = None,
+    ignore: Iterable[str] = (),
+    **hub_options: Any,
+) -> SentenceEncoder:
+    """Loads a sentence-transformers folder, or any BERT folder if `pooling` says how to pool.
 
-    Returns:
-        `apply` and `params`: `apply(params, *args, **kwargs)` computes `model(*args, **kwargs)`, has no side effects
-        and composes with `jit`, `grad`, `vmap` and `shard_map`; `params` is a nested dict of arrays.
+    Args:
+        path_or_hub_id: a folder, or a repository on the Hub.
+        pooling: pooling mode(s) in the place of the folder's; needed where it has no modules.json.
+        max_seq_length: longest text in tokens, in the place of the folder's; longer texts lose their end.
+        truncate_dim: keep only that many leading numbers of every vector, in the place of the folder's.
+        step_tokens: see `SentenceEncoder`.
+        revision: see `load_model`.
+        dtype: see `BertModel`.
+        param_dtype: dtype of the encoder's parameters; default: `dtype`.
+        sharding: see `load_model`.
+        tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.
+        ignore: see `load_model`.
+        **hub_options: token, cache_dir, local_files_only; see `hub.resolve`.
+
+    Raises:
+        SourceError, ConfigError, CheckpointError: see `load_model`.
+        TokenizerError: the tokenizer's files are malformed or contradict one another.
     """
-    graphdef, state = nnx.split(model)
+    folder = hub.resolve(path_or_hub_id, revision=revision, **hub_options)
+    spec = read_spec(folder, pooling)
+    asked = {"max_seq_length": max_seq_length, "truncate_dim": truncate_dim}
+    for name, value in asked.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}, expected a positive integer")
+    spec = dataclasses.replace(spec, **{name: value for name, value in asked.items() if value is not None})
+    tokenizer = Tokenizer.from_folder(
+        spec.transformer, normalizer=tokenizer_normalizer, do_lower_case=spec.do_lower_case
+    )
+    bert_model = load_model(
+        spec.transformer,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        add_pooling_layer=False,
+        sharding=sharding,
+        ignore=ignore,
+    )
+    width = len(spec.pooling) * bert_model.config.hidden_size
+    modules = []
+    for module in spec.modules:
+        if module is not None:
+            modules.append(_load_dense(module, width, sharding))
+            width = module.out_features
+        else:
+            modules.append(Normalize())
+    model = SentenceModel(
+        bert_model.config,
+        pooling=spec.pooling,
+        include_prompt=spec.include_prompt,
+        modules=tuple(modules),
+        bert=bert_model,
+    )
+    return SentenceEncoder(model, tokenizer, spec, step_tokens=step_tokens)
 
-    def apply(params: dict, *args: Any, **kwargs: Any) -> Any:
-        return nnx.merge(graphdef, params)(*args, **kwargs)
 
-    return apply, nnx.to_pure_dict(state)
+def _load_dense(spec: DenseSpec, width: int, sharding: Any) -> Dense:
+    """Loads a Dense module, whose input is `width` numbers wide."""
+    if spec.in_features != width:
+        raise ConfigError(f"{spec.folder}: in_features is {spec.in_features}, what comes before it gives {width}")
+    options = {"use_bias": spec.use_bias, "activation": spec.activation, "use_residual": spec.use_residual}
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: Dense(spec.in_features, spec.out_features, rngs=nnx.Rngs(0), **options))
+    )
+    shapes = {path: struct.shape for path, struct in rules.flatten(nnx.to_pure_dict(state))}
+    plan = bert.match_exactly(files.open_weights(spec.folder), rules.expand(bert.DENSE_TABLE, shapes))
+    arrays = ((path, jax.device_put(array, sharding)) for path, array in plan.arrays(np.dtype(np.float32)))
+    return nnx.merge(graphdef, rules.unflatten(arrays))
 
 
-def named_parameters(model: BertModel) -> dict[str, jax.ShapeDtypeStruct]:
-    """Lists a model's parameters under their PyTorch names, with their PyTorch shapes and their dtypes.
+def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force: bool = False) -> None:
+    """Writes a sentence-transformers folder, which that library reads from version 2 on.
 
-    Stacked arrays are listed layer by layer: BERT-base has 199 tensors.
+    Args:
+        encoder: the encoder.
+        folder: the folder to make; it appears complete or not at all.
+        force: replace an existing model folder.
+
+    Raises:
+        SourceError: the folder exists already, or can't be written.
+        CheckpointError: a parameter is NaN or infinite.
     """
-    arrays = dict(_parameters(model))
-    slots = rules.expand(bert.TABLE, {path: array.shape for path, array in arrays.items()})
-    return {slot.name: jax.ShapeDtypeStruct(slot.shape, arrays[slot.path].dtype) for slot in slots}
+    model = encoder.model
+    layout = model.bert.layout or bert.Layout()
+    with atomic_folder(folder, force=force) as temporary:
+        _write_model(model.bert, temporary, encoder.tokenizer, None, layout)
+        for name, content in spec_files(encoder.spec, model.config.hidden_size, encoder.max_seq_length).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for position, module in enumerate(model.modules, start=2):
+            if isinstance(module, Dense):
+                _write_dense(module, temporary / f"{position}_Dense")
 
 
-def parameter_table(model: BertModel) -> str:
-    """A printable table of `named_parameters`, with the total."""
-    parameters = named_parameters(model)
-    width = max(map(len, parameters))
-    lines = [f"{name:<{width}}  {struct.dtype.name} {list(struct.shape)}" for name, struct in parameters.items()]
-    total = sum(int(np.prod(struct.shape, dtype=np.int64)) for struct in parameters.values())
-    return "\n".join([*lines, f"{len(parameters)} tensors, {total:,} parameters"])
+def _write_dense(module: Dense, folder: Path) -> None:
+    tree = {path: _to_dtype(path, np.asarray(array), None) for path, array in parameters(module)}
+    slots = rules.expand(bert.DENSE_TABLE, {path: array.shape for path, array in tree.items()})
+    layout = bert.Layout()
+    files.write_safetensors(folder / files.SINGLE_FILE, bert.export(slots, tree, layout), dict(layout.metadata))
 
 
-def _abstract(config: BertConfig, **options: Any) -> tuple[nnx.GraphDef, dict[rules.Path, rules.Shape]]:
+def abstract_model(config: BertConfig, **options: Any) -> tuple[nnx.GraphDef, dict[rules.Path, rules.Shape]]:
     """A model's structure and the shapes of its parameters, without allocating any."""
     model = nnx.eval_shape(lambda: BertModel(config, rngs=nnx.Rngs(0), **options))
-    return nnx.split(model)[0], {path: struct.shape for path, struct in _parameters(model)}
+    return nnx.split(model)[0], {path: struct.shape for path, struct in parameters(model)}
 
 
-def _parameters(model: nnx.Module) -> Iterable[tuple[rules.Path, Any]]:
+def parameters(model: nnx.Module) -> Iterable[tuple[rules.Path, Any]]:
+    """Walks a model's parameters; yields each one's path and value."""
     return rules.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
 def _to_dtype(path: rules.Path, array: np.ndarray, dtype: DType | None) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise CheckpointError(f"{'/'.join(path)} holds NaN or infinity; such a model can't be used and is not saved")
     if dtype is None or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):
         cast = array.astype(check_dtype("dtype", dtype))
-    if np.isfinite(array).all() and not np.isfinite(cast).all():
+    if not np.isfinite(cast).all():
         raise CheckpointError(f"{'/'.join(path)} does not fit in {jnp.dtype(dtype).name}; save it in a wider dtype")
     return cast
 
@@ -244,18 +351,29 @@ def _write_weights(folder: Path, tensors: list[files.TensorToWrite], layout: ber
     if not layout.shards:
         files.write_safetensors(folder / files.SINGLE_FILE, tensors, metadata)
         return
-    weight_map = dict(layout.shards)
+    # The layout also knows tensors that are not written: heads, or another encoder's.
+    placed = dict(layout.shards)
+    homeless = [tensor.name for tensor in tensors if tensor.name not in placed]
+    if homeless:
+        raise CheckpointError(f"the layout has no shard for {', '.join(homeless)}; write with layout=Layout()")
+    weight_map = {name: placed[name] for name in sorted(tensor.name for tensor in tensors)}
     for shard in sorted(set(weight_map.values())):
         in_shard = [tensor for tensor in tensors if weight_map[tensor.name] == shard]
         files.write_safetensors(folder / shard, in_shard, metadata)
     total = sum(int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: weight_map[name] for name in sorted(weight_map)}}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / files.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_side_files(source: Path, target: Path) -> None:
     for pattern in _SIDE_FILES:
         for path in sorted(source.glob(pattern)):
-            destination = target / path.relative_to(source)
-            destination.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, destination)
+            name = path.relative_to(source)
+            try:
+                data = files.inside(source, name).read_bytes()
+            except SourceError:
+                raise
+            except OSError as problem:
+                raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(data)

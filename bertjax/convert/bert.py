@@ -11,7 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from bertjax.convert.files import DTYPE_NAMES, TensorInfo, TensorToWrite, WeightFiles
+from bertjax.convert.files import (
+    DTYPE_NAMES,
+    SINGLE_FILE,
+    TensorInfo,
+    TensorToWrite,
+    WeightFiles,
+    enumerate_problems,
+)
 from bertjax.convert.rules import EMBED, LINEAR, NORM, Path, Row, Shape, Slot, by_array, expand
 from bertjax.errors import CheckpointError
 
@@ -35,6 +42,9 @@ TABLE = (
     Row("pooler.dense", ("pooler", "dense"), LINEAR),
 )
 
+#: A sentence-transformers Dense module.
+DENSE_TABLE = (Row("linear", ("linear",), LINEAR), Row("residual", ("residual",), LINEAR))
+
 # Buffers that old versions of transformers saved among the weights. They hold no information, which is checked.
 _POSITION_IDS = "embeddings.position_ids"
 _TOKEN_TYPE_IDS = "embeddings.token_type_ids"
@@ -44,9 +54,11 @@ _HEAD = re.compile(
     r"cls\.predictions\.(bias|decoder\.(weight|bias)|transform\.(dense|LayerNorm)\.(weight|bias))"
     r"|cls\.seq_relationship\.(weight|bias)|classifier\.(weight|bias)|qa_outputs\.(weight|bias)"
 )
-_POOLER = re.compile(r"pooler\.dense\.(weight|bias)")
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 _ANCHOR = "embeddings.word_embeddings.weight"
 _LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_MAX_ENCODERS = 16  # in one file; a limit only so that looking for them takes linear time
+_MAX_BUFFER = 1 << 20  # positions
 _QUANTISED = re.compile(r"\.(SCB|weight_format|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\S*)$")
 
 
@@ -103,6 +115,10 @@ class Plan:
     unused: tuple[str, ...]
     layout: Layout
 
+    def pairs(self) -> Iterator[tuple[Slot, TensorInfo]]:
+        """Every slot with its tensor."""
+        return zip(self.slots, self.tensors, strict=True)
+
     def arrays(self, dtype: np.dtype | None = None) -> Iterator[tuple[Path, np.ndarray]]:
         """Reads the parameter tree, one array at a time, so that little more than one copy is ever in memory.
 
@@ -112,15 +128,15 @@ class Plan:
         Raises:
             CheckpointError: a tensor holds NaN or infinity, or does so once it is cast.
         """
-        tensors = {slot.name: tensor for slot, tensor in zip(self.slots, self.tensors, strict=True)}
+        tensors = {slot.name: tensor for slot, tensor in self.pairs()}
         for path, slots in by_array(self.slots).items():
             infos = [tensors[slot.name] for slot in slots]
-            target = dtype or np.result_type(*{info.dtype for info in infos})
+            target = dtype or _widest({info.dtype for info in infos})
             yield path, _read_array(slots, infos, target)
 
     def summary(self) -> str:
         """A report of what was mapped, tied and left unused, with a total, for a person to read."""
-        infos = {slot.name: tensor for slot, tensor in zip(self.slots, self.tensors, strict=True)}
+        infos = {slot.name: tensor for slot, tensor in self.pairs()}
         groups = by_array(self.slots)
         lines = [_describe_group(path, slots, infos) for path, slots in groups.items()]
         total = sum(int(np.prod(info.shape, dtype=np.int64)) for info in self.tensors)
@@ -148,6 +164,14 @@ def _describe_group(path: Path, slots: list[Slot], infos: Mapping[str, TensorInf
     how = ", ".join(["stacked"] * stacked + ["transposed"] * first.transpose)
     shape = "x".join(map(str, infos[first.name].shape))
     return f"{name} [{shape}] -> {'/'.join(path)}{f'  ({how})' if how else ''}"
+
+
+def _widest(dtypes: set[np.dtype]) -> np.dtype:
+    """The dtype that holds all of several floating-point dtypes exactly."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    # float16 and bfloat16 are of one size and neither holds the other; float32 holds both.
+    return max(dtypes | {np.dtype(np.float32)}, key=lambda dtype: dtype.itemsize)
 
 
 def _read_array(slots: list[Slot], infos: list[TensorInfo], dtype: np.dtype) -> np.ndarray:
@@ -182,14 +206,18 @@ def match(weights: WeightFiles, shapes: Mapping[Path, Shape], prefix: str | None
     Args:
         weights: the file's tensors.
         shapes: the shape of every array of the parameter tree.
-        prefix: what stands before the encoder's names, for a file that holds more than one encoder.
+        prefix: what stands before the encoder's names, for a file that holds more than one encoder; the tensors of
+            the others are unused.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, quantised or of another shape, spellings are mixed, or there
             are several encoders. One error names every problem.
     """
     slots = expand(TABLE, shapes)
-    layout = _layout(weights, prefix)
+    prefix = _find_prefix(weights, prefix)
+    others = _names_of_others(weights, prefix)
+    layout = _layout(weights, prefix, others)
+    pooler = {prefix + name for name in _POOLER}
     by_name = {layout.spell(slot.name): slot for slot in slots}
     buffers = {name for name, _, _ in layout.buffers}
     missing = [name for name in by_name if name not in weights.tensors]
@@ -200,25 +228,43 @@ def match(weights: WeightFiles, shapes: Mapping[Path, Shape], prefix: str | None
             problems += _tensor_problems(by_name[name], tensor)
         elif name in buffers:
             problems += _buffer_problems(canonical, tensor)
-        elif _HEAD.fullmatch(canonical) or _POOLER.fullmatch(canonical):
+        elif name in others or name in pooler or _HEAD.fullmatch(canonical):
             unused.append(name)
         elif _QUANTISED.search(name):
             problems.append(f"{name}: quantised weights are not supported; use the original model")
         else:
-            problems.append(f"{name}: unexpected tensor {DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}")
-    problems = [f"{name}: missing" for name in missing] + problems
-    if problems:
-        raise CheckpointError(
-            f"{weights.folder}: {len(problems)} problem(s) with the tensors, against a model of "
-            f"{len(slots)} tensors: " + "; ".join(problems)
-        )
+            problems.append(_unexpected(tensor))
+    _raise_if(weights, [f"{name}: missing" for name in missing] + problems, len(slots))
     tensors = tuple(weights.tensors[name] for name in by_name)
     return Plan(tuple(slots), tensors, tuple(unused), layout)
 
 
-def has_pooler(weights: WeightFiles) -> bool:
-    """Whether the file holds a pooler."""
-    return any(name.endswith("pooler.dense.weight") for name in weights.tensors)
+def match_exactly(weights: WeightFiles, slots: list[Slot]) -> Plan:
+    """Matches a file that must hold just these tensors, under these names; see `match` for the errors."""
+    by_name = {slot.name: slot for slot in slots}
+    problems = [f"{name}: missing" for name in by_name if name not in weights.tensors]
+    for name, tensor in weights.tensors.items():
+        problems += _tensor_problems(by_name[name], tensor) if name in by_name else [_unexpected(tensor)]
+    _raise_if(weights, problems, len(slots))
+    return Plan(tuple(slots), tuple(weights.tensors[name] for name in by_name), (), Layout())
+
+
+def has_pooler(weights: WeightFiles, prefix: str | None = None) -> bool:
+    """Whether the file's encoder has a pooler, or a part of one; see `match` for the prefix and the errors."""
+    prefix = _find_prefix(weights, prefix)
+    return any(prefix + name in weights.tensors for name in _POOLER)
+
+
+def _unexpected(tensor: TensorInfo) -> str:
+    return f"{tensor.name}: unexpected tensor {DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}"
+
+
+def _raise_if(weights: WeightFiles, problems: list[str], expected: int) -> None:
+    if problems:
+        raise CheckpointError(
+            f"{weights.folder}: {len(problems)} problem(s) with the tensors, against a model of {expected} tensors: "
+            + enumerate_problems(problems)
+        )
 
 
 def _tensor_problems(slot: Slot, tensor: TensorInfo) -> list[str]:
@@ -231,9 +277,10 @@ def _tensor_problems(slot: Slot, tensor: TensorInfo) -> list[str]:
 
 
 def _buffer_problems(canonical: str, tensor: TensorInfo) -> list[str]:
-    if len(tensor.shape) > 2:
-        return [f"{tensor.name}: shape {list(tensor.shape)}, expected [1, positions]"]
-    if np.array_equal(tensor.read(), _buffer(canonical, tensor.shape, tensor.dtype)):
+    if tensor.dtype.kind not in "iu" or tensor.shape[:-1] != (1,) or tensor.shape[-1] > _MAX_BUFFER:
+        found = f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}"
+        return [f"{tensor.name}: is {found}, expected integers [1, positions]"]
+    if np.array_equal(tensor.read(), _buffer(canonical, tensor.shape, np.dtype(np.int64))):
         return []
     what = "0, 1, 2, ..." if canonical == _POSITION_IDS else "zeros"
     return [f"{tensor.name}: expected {what}; this model numbers its positions or segments in its own way"]
@@ -245,20 +292,18 @@ def _buffer(canonical: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
     return values.astype(dtype).reshape(shape)
 
 
-def _layout(weights: WeightFiles, prefix: str | None) -> Layout:
-    """Decides how a file spells its tensors."""
+def _layout(weights: WeightFiles, prefix: str, others: set[str]) -> Layout:
+    """Decides how a file spells the tensors of the encoder under `prefix`; `others` are not this encoder's."""
     names = weights.tensors
-    if prefix is None:
-        prefix = _find_prefix(weights)
-    legacy = [name for name in names if name.endswith(tuple(_LEGACY))]
-    modern = [name for name in names if name.endswith(tuple(_LEGACY.values()))]
+    legacy = [name for name in names if name.endswith(tuple(_LEGACY)) and name not in others]
+    modern = [name for name in names if name.endswith(tuple(_LEGACY.values())) and name not in others]
     if legacy and modern:
         raise CheckpointError(
             f"{weights.folder}: LayerNorm parameters are spelt both ways, {legacy[0]} and {modern[0]}; "
             "the file is a mixture of two"
         )
     buffers = [name for name in (prefix + _POSITION_IDS, prefix + _TOKEN_TYPE_IDS) if name in names]
-    shards = tuple((name, info.file.name) for name, info in names.items()) if len(weights.shards) > 1 else ()
+    shards = tuple((name, info.file.name) for name, info in names.items()) if weights.shards != (SINGLE_FILE,) else ()
     return Layout(
         prefix=prefix,
         legacy_norm=bool(legacy),
@@ -268,17 +313,43 @@ def _layout(weights: WeightFiles, prefix: str | None) -> Layout:
     )
 
 
-def _find_prefix(weights: WeightFiles) -> str:
+def _prefixes(weights: WeightFiles) -> list[str]:
+    """What stands before the names of each of a file's encoders."""
     prefixes = [name.removesuffix(_ANCHOR) for name in weights.tensors if name.endswith(_ANCHOR)]
-    if len(prefixes) == 1:
-        return prefixes[0]
+    return [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
+
+
+def _find_prefix(weights: WeightFiles, asked: str | None) -> str:
+    """The prefix of the file's encoder, or of the one asked for."""
+    prefixes = _prefixes(weights)
     if not prefixes:
         sample = ", ".join(list(weights.tensors)[:3])
         raise CheckpointError(f"{weights.folder}: no tensor is called ...{_ANCHOR}; not a BERT (it has {sample}, ...)")
-    raise CheckpointError(
-        f"{weights.folder}: {len(prefixes)} encoders in one file, under {', '.join(map(repr, prefixes))}; "
-        "choose one with prefix="
-    )
+    found = ", ".join(map(repr, prefixes[:_MAX_ENCODERS]))
+    if len(prefixes) > _MAX_ENCODERS:
+        raise CheckpointError(f"{weights.folder}: {len(prefixes)} encoders in one file, under {found}, ...; too many")
+    if asked is None and len(prefixes) > 1:
+        raise CheckpointError(
+            f"{weights.folder}: {len(prefixes)} encoders in one file, under {found}; choose one with prefix="
+        )
+    if asked is not None and asked not in prefixes:
+        raise CheckpointError(f"{weights.folder}: no encoder under the prefix {asked!r}, only under {found}")
+    return prefixes[0] if asked is None else asked
+
+
+def _names_of_others(weights: WeightFiles, prefix: str) -> set[str]:
+    """The tensors that belong to another encoder of the file, or to that one's heads."""
+    prefixes = _prefixes(weights)
+    if prefixes == [prefix]:
+        return set()
+    # Heads stand outside "bert.", so an encoder owns both; where two claim a name, the longer beginning decides.
+    owners = {each.removesuffix("bert."): each for each in prefixes} | {each: each for each in prefixes}
+    beginnings = sorted(owners, key=len, reverse=True)
+    return {
+        name
+        for name in weights.tensors
+        if next((owners[each] for each in beginnings if name.startswith(each)), prefix) != prefix
+    }
 
 
 def export(

@@ -7,8 +7,10 @@ file into memory and the pages it touched count against the process beside the c
 
 import dataclasses
 import json
+import math
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -34,6 +36,9 @@ DTYPES: Mapping[str, np.dtype] = {
     "I64": np.dtype("<i8"),
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# No weight has more dimensions; numpy can't hold an array of very many.
+_MAX_RANK = 8
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -109,7 +114,7 @@ def open_weights(folder: Path) -> WeightFiles:
         CheckpointError: a file or the shard index is malformed.
     """
     if (folder / SINGLE_FILE).exists():
-        tensors, metadata = read_header(folder / SINGLE_FILE)
+        tensors, metadata = read_header(inside(folder, SINGLE_FILE))
         return WeightFiles(folder, tensors, (SINGLE_FILE,), metadata)
     if (folder / INDEX_FILE).exists():
         return _open_shards(folder)
@@ -120,28 +125,51 @@ def open_weights(folder: Path) -> WeightFiles:
     raise SourceError(f"{folder}: no weights found; expected {SINGLE_FILE} or {INDEX_FILE}")
 
 
+def inside(folder: Path, name: str | Path) -> Path:
+    """Returns the path of one of a checkpoint's files, unless it is a link that leads out of the checkpoint.
+
+    In the Hub's cache, files are links from snapshots/<commit>/ to blobs/ beside it; these are part of the checkpoint.
+
+    Raises:
+        SourceError: the link leads somewhere else.
+    """
+    root, path = Path(os.path.realpath(folder)), folder / name
+    target = Path(os.path.realpath(path))
+    blobs = [parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in [root, *blobs]):
+        raise SourceError(f"{path}: is a link out of the model's folder, to {target}; put the file itself there")
+    return path
+
+
 def _open_shards(folder: Path) -> WeightFiles:
     """Reads a sharded checkpoint; the index and the shards must agree both ways."""
     index = folder / INDEX_FILE
     weight_map = read_json_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map' object")
+    listed = defaultdict(set)
     for name, shard in weight_map.items():
         # A shard is a plain file name: anything else could point outside the folder.
         if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
             raise CheckpointError(f"{index}: weight_map[{name!r}] is {shard!r}, expected a file name in this folder")
+        listed[shard].add(name)
     tensors: dict[str, TensorInfo] = {}
-    problems, shards, metadata = [], tuple(sorted(set(weight_map.values()))), {}
-    for shard in shards:
-        found, shard_metadata = read_header(folder / shard)
+    problems, metadata = [], {}
+    for shard, names in sorted(listed.items()):
+        found, shard_metadata = read_header(inside(folder, shard))
         metadata = metadata or shard_metadata
-        listed = {name for name, file in weight_map.items() if file == shard}
-        problems += [f"{shard} lacks {name}" for name in sorted(listed - found.keys())]
-        problems += [f"{shard} holds {name}, which the index does not place there" for name in found.keys() - listed]
+        problems += [f"{shard} lacks {name}" for name in names - found.keys()]
+        problems += [f"{shard} holds {name}, which the index does not place there" for name in found.keys() - names]
         tensors |= found
     if problems:
-        raise CheckpointError(f"{index}: index and shards disagree: " + "; ".join(sorted(problems)))
-    return WeightFiles(folder, tensors, shards, metadata)
+        raise CheckpointError(f"{index}: index and shards disagree: " + enumerate_problems(sorted(problems)))
+    return WeightFiles(folder, tensors, tuple(sorted(listed)), metadata)
+
+
+def enumerate_problems(problems: list[str], limit: int = 1000) -> str:
+    """Joins problems for a message: all those of any BERT, but no gigabyte for a file made to give a million."""
+    rest = len(problems) - limit
+    return "; ".join(problems[:limit]) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -174,6 +202,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {entry['dtype']}, which bertjax does not read")
         shape, begin = tuple(entry["shape"]), entry["data_offsets"][0]
+        # A dimension of zero hides any size of the others from the check of the file's length.
+        if len(shape) > _MAX_RANK or math.prod(size or 1 for size in shape) >= 1 << 48:
+            raise CheckpointError(f"{path}: tensor {name!r} has the impossible shape {list(shape)}")
         tensors[name] = TensorInfo(name, path, DTYPES[entry["dtype"]], shape, 8 + size + begin)
     return tensors, metadata
 
@@ -182,9 +213,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Refuses duplicate keys in a header, of which JSON readers silently keep the last."""
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"the header names {', '.join(map(repr, twice))} twice")
+        twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the header names {enumerate_problems(list(map(repr, twice)))} twice")
     return result
 
 
@@ -235,10 +265,12 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: Ma
         with open(path, "xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in ordered:
-                data = np.ascontiguousarray(tensor.make(), dtype=tensor.dtype)
+                data = np.asarray(tensor.make(), dtype=tensor.dtype, order="C")
                 assert data.shape == tensor.shape, (tensor.name, data.shape, tensor.shape)
                 file.write(data.reshape(-1).view(np.uint8))
             file.flush()
             os.fsync(file.fileno())
+    except SourceError:  # a tensor that is copied could not be read
+        raise
     except OSError as problem:
         raise SourceError(f"{path}: can't be written ({problem.strerror or problem})") from None

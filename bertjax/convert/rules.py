@@ -70,8 +70,8 @@ def expand(table: Iterable[Row], shapes: Mapping[Path, Shape]) -> list[Slot]:
         shapes: the shape of every array of the parameter tree.
 
     Raises:
-        ValueError: the tree has an array that no row describes, or two rows describe one. This is a mistake in the
-            table, never in a checkpoint.
+        ValueError: the tree has an array that no row describes, or two rows describe one, or stacks differ in depth.
+            This is a mistake in the table, never in a checkpoint.
     """
     plain, stacked, seen = [], [], []
     for row in table:
@@ -84,10 +84,12 @@ def expand(table: Iterable[Row], shapes: Mapping[Path, Shape]) -> list[Slot]:
         odd = sorted(set(shapes) ^ set(seen)) or sorted(path for path in set(seen) if seen.count(path) > 1)
         raise ValueError(f"the table does not describe the tree's arrays one to one: {odd}")
     slots = [_slot(name, path, None, leaf, shapes) for name, path, leaf in plain]
-    depth = shapes[stacked[0][1]][0] if stacked else 0
+    depths = {shapes[path][0] for _, path, _ in stacked}
+    if len(depths) > 1:
+        raise ValueError(f"the stacked arrays differ in depth: {sorted(depths)}")
     return slots + [
         _slot(name.format(layer=layer), path, layer, leaf, shapes)
-        for layer in range(depth)
+        for layer in range(max(depths, default=0))
         for name, path, leaf in stacked
     ]
 

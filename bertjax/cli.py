@@ -1,0 +1,249 @@
+"""The `bertjax` command."""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from tqdm import tqdm
+
+from bertjax import __version__
+from bertjax.atomic import atomic_file
+from bertjax.errors import BertjaxError, InputError, SourceError
+
+# Everything that takes a while to import (jax, flax) is imported by the command that needs it, so that --help and
+# mistyped options answer at once.
+
+_MODEL_HELP = "A folder with a model's files, or a repository on the Hugging Face Hub."
+
+
+def _hub_options(command: Callable) -> Callable:
+    for option in (
+        click.option("--ignore-field", "ignore", multiple=True, metavar="NAME", help="A field of config.json that "
+                     "bertjax does not know and that you know to have no effect. Repeatable."),
+        click.option("--offline", "local_files_only", is_flag=True, help="Use the Hub's cache, ask nobody."),
+        click.option("--revision", metavar="REV", help="For the Hub: a branch, a tag or a commit."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+class _Group(click.Group):
+    """Reports errors in one line, with a traceback only on request."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BertjaxError as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(" ".join(str(error).split("\n"))) from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """BERT on JAX: embed texts, look into checkpoints, convert them.
+
+    \b
+    bertjax embed --model sentence-transformers/all-MiniLM-L6-v2 texts.txt -o vectors.npy
+    bertjax info sentence-transformers/all-MiniLM-L6-v2
+    bertjax convert old-checkpoint/ new-checkpoint/
+    """
+
+
+@main.command()
+@click.option("-m", "--model", required=True, metavar="MODEL", help=_MODEL_HELP)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Where to write "
+              "the vectors: .npy (a float32 array, a row a text) or .jsonl (a line a text). Default: JSON lines on "
+              "standard output.")  # fmt: skip
+@click.option("-f", "--field", metavar="NAME", help="Read JSON lines, and take the text from this field.")
+@click.option("-t", "--text", "given", multiple=True, metavar="TEXT", help="A text to embed, instead of a file. "
+              "Repeatable.")  # fmt: skip
+@click.option("--prompt", metavar="TEXT", help="Put this before every text.")
+@click.option("--prompt-name", metavar="NAME", help="Put this one of the model's own prompts before every text.")
+@click.option("--pooling", multiple=True, metavar="MODE", help="How token vectors become one: mean, cls, max, ... "
+              "Needed where the model does not say. Repeatable; several are concatenated.")  # fmt: skip
+@click.option("--normalize", is_flag=True, help="Scale the vectors to unit length.")
+@click.option("--truncate-dim", type=click.IntRange(1), metavar="N", help="Keep only the first N numbers.")
+@click.option("--max-seq-length", type=click.IntRange(1), metavar="N", help="Cut texts at N tokens. Default: the "
+              "model's limit.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
+              help="Precision of the matrix products; sums and vectors are float32.")  # fmt: skip
+@click.option("--tokenizer-normalizer", type=click.Choice(["tokenizer.json", "tokenizer_config.json"]), help="Which "
+              "file to believe where the two disagree.")  # fmt: skip
+@_hub_options
+@click.argument("files", nargs=-1, type=click.Path(allow_dash=True, path_type=Path))
+def embed(
+    model: str,
+    output: Path | None,
+    field: str | None,
+    given: tuple[str, ...],
+    prompt: str | None,
+    prompt_name: str | None,
+    pooling: tuple[str, ...],
+    normalize: bool,
+    truncate_dim: int | None,
+    files: tuple[Path, ...],
+    **load_options: Any,
+) -> None:
+    """Turns texts into vectors, one a line of FILES, in order.
+
+    FILES are text files with one text a line (a blank line is an empty text) or, with --field, JSON lines. Without
+    FILES or --text, or for the file "-", texts come from standard input. The output appears whole or not at all.
+
+    \b
+    bertjax embed -m MODEL texts.txt -o vectors.npy
+    bertjax embed -m MODEL --field body articles.jsonl -o vectors.npy
+    bertjax embed -m MODEL -t "a text" -t "another"
+    cat texts.txt | bertjax embed -m MODEL > vectors.jsonl
+    """
+    # Everything that can be refused without loading a model is refused first.
+    if given and files:
+        raise click.UsageError("pass texts with --text, or files, not both")
+    if output is not None and output.suffix not in (".npy", ".jsonl"):
+        raise click.UsageError(f"-o {output}: expected a name that ends in .npy or .jsonl")
+    missing = [file for file in files if str(file) != "-" and not file.is_file()]
+    if missing:
+        raise SourceError(f"{missing[0]}: no such file; to embed a text given here, use --text")
+    if not given and not files and sys.stdin.isatty():
+        raise click.UsageError("no texts: name files, pass --text, or pipe texts in")
+    from bertjax.embedder import SentenceEncoder
+
+    encoder = SentenceEncoder.from_pretrained(model, pooling=pooling or None, **load_options)
+    windows = encoder.encode_windows(
+        iter(given) if given else _read_texts(files or (Path("-"),), field),
+        prompt_name=prompt_name,
+        prompt=prompt,
+        normalize_embeddings=normalize,
+        truncate_dim=truncate_dim,
+    )
+    _write_vectors(_report(windows), encoder.output_dimension(truncate_dim), output)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--parameters", "list_parameters", is_flag=True, help="List every parameter with its shape.")
+@_hub_options
+def info(model: str, **options: Any) -> None:
+    """Shows what MODEL is: its sizes, its parameters, how it makes sentence vectors."""
+    from bertjax.reports import describe
+
+    click.echo(describe(model, **options))
+
+
+@main.command()
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Cast the weights. Default: keep "
+              "every tensor's own dtype, and its bytes.")  # fmt: skip
+@click.option("--prefix", metavar="NAME", help="What stands before the encoder's tensor names, for a file that holds "
+              "several encoders.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Replace TARGET if it is a model's folder.")
+@_hub_options
+def convert(source: str, target: Path, **options: Any) -> None:
+    """Reads the checkpoint SOURCE, maps it to bertjax's parameters, writes it to TARGET, and says what became of it.
+
+    SOURCE is a folder or a repository on the Hub; TARGET becomes a Hugging Face folder (safetensors). Names, dtypes
+    and bytes of all tensors are kept. The heads' tensors, the tokenizer and the sentence-transformers modules are
+    copied unchanged. TARGET appears whole or not at all.
+    """
+    from bertjax.pretrained import convert_checkpoint
+
+    plan = convert_checkpoint(source, target, **options)
+    click.echo(plan.summary())
+    click.echo(f"written  {target}")
+
+
+def _read_texts(files: Iterable[Path], field: str | None) -> Iterator[str]:
+    """Yields the texts of all files in turn; says the file and line of what can't be read."""
+    for file in files:
+        name = "standard input" if str(file) == "-" else str(file)
+        with _open(file) as lines:
+            try:
+                for number, line in enumerate(lines, start=1):
+                    text = line.rstrip("\r\n")
+                    yield text if field is None else _field(text, field, f"{name}:{number}")
+            except UnicodeDecodeError as problem:
+                raise InputError(f"{name}: not UTF-8 text ({problem})") from None
+
+
+def _open(file: Path) -> io.TextIOWrapper:
+    # Only line feeds end a text: str.splitlines would also split at form feeds and other rare characters.
+    if str(file) == "-":
+        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
+    try:
+        return open(file, encoding="utf-8", newline="\n")
+    except OSError as problem:
+        raise SourceError(f"{file}: can't be read ({problem.strerror})") from None
+
+
+def _field(line: str, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as problem:
+        raise InputError(f"{where}: not a line of JSON ({problem})") from None
+    if not isinstance(record, dict) or field not in record:
+        raise InputError(f"{where}: a JSON object with a field {field!r} was expected")
+    if not isinstance(record[field], str):
+        raise InputError(f"{where}: field {field!r} is {json.dumps(record[field])[:80]}, expected a text")
+    return record[field]
+
+
+def _write_vectors(windows: Iterator[Any], dimension: int, output: Path | None) -> None:
+    """Writes vectors as they come, so that memory does not grow with the number of texts."""
+    if output is None:
+        _write_jsonl(sys.stdout.buffer, windows)
+        return
+    with atomic_file(output) as temporary, open(temporary, "r+b") as file:
+        if output.suffix == ".npy":
+            _write_npy(file, windows, dimension)
+        else:
+            _write_jsonl(file, windows)
+
+
+def _write_jsonl(file: Any, windows: Iterable[Any]) -> None:
+    for window in windows:
+        for vector in window.vectors:
+            # By way of str, a float32 is written with the digits that it has and no more.
+            file.write(json.dumps([float(str(number)) for number in vector]).encode() + b"\n")
+    file.flush()
+
+
+def _write_npy(file: Any, windows: Iterable[Any], dimension: int) -> None:
+    """Writes a .npy file whose number of rows is known only at the end.
+
+    numpy pads the header so that the first axis can grow in place.
+    """
+
+    def header(rows: int) -> None:
+        file.seek(0)
+        fields = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
+        np.lib.format.write_array_header_1_0(file, fields)
+
+    header(0)
+    rows = 0
+    for window in windows:
+        file.write(np.ascontiguousarray(window.vectors, "<f4").data)
+        rows += len(window.vectors)
+    header(rows)
+
+
+def _report(windows: Iterable[Any]) -> Iterator[Any]:
+    """Passes windows through; shows progress, and a summary at the end."""
+    texts = tokens = truncated = positions = 0
+    with tqdm(unit="text", delay=2.0, disable=None, file=sys.stderr) as bar:
+        for window in windows:
+            yield window
+            bar.update(len(window.vectors))
+            texts += len(window.vectors)
+            tokens += window.tokens
+            truncated += int(window.truncated.sum())
+            positions += window.positions
+    fill = f"{tokens / positions:.1%} fill" if positions else "no positions"
+    click.echo(f"{texts:,} texts, {tokens:,} tokens, {fill}, {truncated:,} texts truncated", err=True)

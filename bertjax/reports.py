@@ -1,0 +1,89 @@
+"""Says what a model or a checkpoint is: its parameters under their PyTorch names, its sizes, its files."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bertjax import hub
+from bertjax.config import BertConfig
+from bertjax.convert import bert, files, rules
+from bertjax.model import BertModel
+from bertjax.pretrained import abstract_model, parameters
+from bertjax.sentence_files import SentenceSpec, read_spec
+
+
+def named_parameters(model: BertModel) -> dict[str, jax.ShapeDtypeStruct]:
+    """Lists a model's parameters under their PyTorch names, with their PyTorch shapes and their dtypes.
+
+    Stacked arrays are listed layer by layer: BERT-base has 199 tensors.
+    """
+    arrays = dict(parameters(model))
+    slots = rules.expand(bert.TABLE, {path: array.shape for path, array in arrays.items()})
+    return {slot.name: jax.ShapeDtypeStruct(slot.shape, arrays[slot.path].dtype) for slot in slots}
+
+
+def parameter_table(model: BertModel) -> str:
+    """A printable table of `named_parameters`, with the total."""
+    parameters = named_parameters(model)
+    width = max(map(len, parameters))
+    lines = [f"{name:<{width}}  {struct.dtype.name} {list(struct.shape)}" for name, struct in parameters.items()]
+    total = sum(int(np.prod(struct.shape, dtype=np.int64)) for struct in parameters.values())
+    return "\n".join([*lines, f"{len(parameters)} tensors, {total:,} parameters"])
+
+
+def describe(
+    path_or_hub_id: str | Path,
+    *,
+    list_parameters: bool = False,
+    revision: str | None = None,
+    ignore: Iterable[str] = (),
+    **hub_options: Any,
+) -> str:
+    """Says what a checkpoint is, from its configuration and its files' headers; no weights are read.
+
+    Args:
+        path_or_hub_id: a folder, or a repository on the Hub.
+        list_parameters: also list every tensor of the encoder.
+        revision: for the Hub: a branch, a tag or a commit.
+        ignore: see `load_model`.
+        **hub_options: token, cache_dir, local_files_only; see `hub.resolve`.
+
+    Raises:
+        SourceError, ConfigError, CheckpointError: see `load_model`.
+    """
+    folder = hub.resolve(path_or_hub_id, revision=revision, **hub_options)
+    spec = read_spec(folder) if (folder / "modules.json").exists() else None
+    encoder = folder if spec is None else spec.transformer
+    config = BertConfig.from_file(encoder / "config.json", ignore=ignore)
+    weights = files.open_weights(encoder)
+    _, shapes = abstract_model(config, add_pooling_layer=bert.has_pooler(weights))
+    plan = bert.match(weights, shapes)
+    total = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in plan.tensors)
+    dtypes = ", ".join(sorted({tensor.dtype.name for tensor in plan.tensors}))
+    lines = [
+        f"folder     {folder}",
+        f"encoder    BERT, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, feed-forward {config.intermediate_size}, {config.hidden_act}",
+        f"inputs     vocabulary {config.vocab_size}, {config.max_position_embeddings} positions, "
+        f"{config.type_vocab_size} token type(s)",
+        f"parameters {len(plan.tensors)} tensors, {total:,} parameters, {dtypes}, "
+        f"{'with' if bert.has_pooler(weights) else 'without'} pooler",
+        f"files      {', '.join(weights.shards)}, {weights.nbytes / 1e6:.1f} MB",
+        f"unused     {', '.join(plan.unused) or 'none'}",
+        f"sentences  {_describe_sentences(spec)}",
+    ]
+    if list_parameters:
+        lines += [f"{slot.name} {tensor.dtype.name}{list(slot.shape)}" for slot, tensor in plan.pairs()]
+    return "\n".join(lines)
+
+
+def _describe_sentences(spec: SentenceSpec | None) -> str:
+    if spec is None:
+        return "nothing says how to pool (no modules.json); pass pooling= or --pooling"
+    steps = ["Normalize" if module is None else f"Dense to {module.out_features}" for module in spec.modules]
+    limit = f"at most {spec.max_seq_length} tokens" if spec.max_seq_length else "as long as positions allow"
+    prompts = f"prompts {', '.join(map(repr, spec.prompts))}" if spec.prompts else "no prompts"
+    return "; ".join([", ".join([f"pooling {' + '.join(spec.pooling)}", *steps]), limit, prompts])

@@ -1,0 +1,174 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import GOLDEN
+
+from bertjax import SentenceEncoder, __version__
+from bertjax.cli import main
+from bertjax.convert.files import open_weights
+
+TEXTS = ["a cat sat on the mat .", "", "the dog ran fast", "it is"]
+
+
+@pytest.fixture(scope="module")
+def vectors(sentence_folder) -> np.ndarray:
+    return SentenceEncoder.from_pretrained(sentence_folder).encode(TEXTS)
+
+
+def run(*arguments, stdin=None, code=0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_embeds_a_file_into_an_array(sentence_folder, vectors, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    result = run("embed", "--model", sentence_folder, tmp_path / "texts.txt", "-o", tmp_path / "out.npy")
+    found = np.load(tmp_path / "out.npy")
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, vectors, rtol=0, atol=1e-6)
+    assert result.stdout == ""
+    assert result.stderr.startswith("4 texts, 21 tokens, ")
+    assert result.stderr.endswith("0 texts truncated\n")
+
+
+def test_embeds_standard_input_and_writes_json_lines(sentence_folder, vectors):
+    result = run("embed", "-m", sentence_folder, stdin="\n".join(TEXTS))
+    found = np.array([json.loads(line) for line in result.stdout.splitlines()], np.float32)
+    np.testing.assert_allclose(found, vectors, rtol=0, atol=1e-6)
+
+
+def test_json_lines_hold_every_digit(sentence_folder, vectors, tmp_path):
+    arguments = [part for text in TEXTS for part in ("-t", text)]
+    run("embed", "-m", sentence_folder, *arguments, "-o", tmp_path / "out.jsonl")
+    run("embed", "-m", sentence_folder, *arguments, "-o", tmp_path / "out.npy")
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    np.testing.assert_array_equal(np.array(lines, np.float32), np.load(tmp_path / "out.npy"))
+
+
+def test_embeds_a_field_of_json_lines_from_several_files(sentence_folder, vectors, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": text}) for text in TEXTS[:2]))
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in TEXTS[2:]))
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    run("embed", "-m", sentence_folder, "--field", "body", *files, "-o", tmp_path / "out.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=0, atol=1e-6)
+
+
+def test_only_line_feeds_end_a_text(sentence_folder):
+    result = run("embed", "-m", sentence_folder, stdin="a cat\x0cthe dog\u2028it is\r\nhe\n")
+    assert len(result.stdout.splitlines()) == 2
+
+
+def test_options_reach_the_encoder(sentence_folder, tmp_path):
+    encoder = SentenceEncoder.from_pretrained(sentence_folder, pooling=("cls", "max"), max_seq_length=6)
+    expected = encoder.encode(TEXTS, prompt_name="query", truncate_dim=20, normalize_embeddings=True)
+    options = "--pooling cls --pooling max --max-seq-length 6 --prompt-name query --truncate-dim 20 --normalize"
+    arguments = [part for text in TEXTS for part in ("-t", text)]
+    result = run("embed", "-m", sentence_folder, *options.split(), *arguments, "-o", tmp_path / "out.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=0, atol=1e-6)
+    assert "2 texts truncated" in result.stderr  # 'she was' and two special tokens leave room for two
+
+
+def test_no_texts_make_an_empty_array(sentence_folder, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    run("embed", "-m", sentence_folder, tmp_path / "empty.txt", "-o", tmp_path / "out.npy")
+    assert np.load(tmp_path / "out.npy").shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["-m", "{model}", "missing.txt"], None, "missing.txt: no such file; to embed a text given here, use --text"),
+        (["-m", "/no/such", "-t", "x"], None, "/no/such: no such folder"),
+        (["-m", "{model}", "-f", "a"], '{"a": "x"}\nnonsense', "standard input:2: not a line of JSON"),
+        (["-m", "{model}", "-f", "a"], '{"b": "x"}', "standard input:1: a JSON object with a field 'a' was expected"),
+        (["-m", "{model}", "-f", "a"], '{"a": null}', "standard input:1: field 'a' is null, expected a text"),
+        (["-m", "{model}"], b"a\n\xff\n", "standard input: not UTF-8 text"),
+        (["-m", "{model}", "-t", "x", "-o", "/no/such/out.npy"], None, "/no/such/out.npy: can't be written"),
+        (["-m", "{golden}", "-t", "x"], None, "pass pooling= with one of"),
+    ],
+)
+def test_errors_are_one_line_without_a_traceback(sentence_folder, arguments, stdin, message):
+    filled = [argument.format(model=sentence_folder, golden=GOLDEN[0]) for argument in arguments]
+    result = run("embed", *filled, stdin=stdin, code=1)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "x", "-t", "a", "file"], "not both"),
+        (["-m", "x", "-t", "a", "-o", "out.csv"], "ends in .npy or .jsonl"),
+        (["-t", "a"], "Missing option '-m'"),
+        (["-m", "x", "-t", "a", "--truncate-dim", "0"], "0 is not in the range"),
+        (["-m", "x", "-t", "a", "--dtype", "int8"], "'int8' is not one of"),
+    ],
+)
+def test_mistaken_options_are_usage_errors(arguments, message):
+    assert message in run("embed", *arguments, code=2).stderr
+
+
+def test_a_failed_run_leaves_an_old_result_alone(sentence_folder, tmp_path):
+    (tmp_path / "out.npy").write_text("old")
+    result = run("embed", "-m", sentence_folder, "-f", "a", "-o", tmp_path / "out.npy", stdin="{}", code=1)
+    assert "field 'a'" in result.stderr
+    assert (tmp_path / "out.npy").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.npy"]
+
+
+def test_debug_shows_the_traceback(sentence_folder):
+    command = [sys.executable, "-m", "bertjax", "--debug", "info", "/no/such"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "SourceError: /no/such" in done.stderr
+
+
+def test_info(sentence_folder):
+    text = run("info", sentence_folder).stdout
+    assert "BERT, 2 layers, hidden 16, 2 heads" in text
+    assert "39 tensors, 8,448 parameters, float32, with pooler" in text
+    assert "pooling mean, Normalize; at most 150 tokens; prompts 'query', 'none'" in text
+    listed = run("info", "--parameters", sentence_folder).stdout
+    assert "encoder.layer.1.attention.self.query.weight float32[16, 16]" in listed
+
+
+def test_info_of_a_plain_encoder():
+    assert "pass pooling= or --pooling" in run("info", GOLDEN[0]).stdout
+
+
+def test_convert_prints_what_became_of_the_tensors(sentence_folder, tmp_path):
+    text = run("convert", sentence_folder, tmp_path / "out").stdout
+    query = "encoder.layer.{0..1}.attention.self.query.weight [16x16] -> encoder/layers/attention/query/kernel"
+    assert query + "  (stacked, transposed)" in text
+    assert "mapped   39 tensors to 23 arrays, 8,448 parameters, F32" in text
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "modules.json", "1_Pooling/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (sentence_folder / name).read_bytes(), name
+    again = run("convert", sentence_folder, tmp_path / "out", code=1)
+    assert "already exists" in again.stderr
+    run("convert", "--force", "--dtype", "bfloat16", sentence_folder, tmp_path / "out")
+    assert {str(tensor.dtype) for tensor in open_weights(tmp_path / "out").tensors.values()} == {"bfloat16"}
+
+
+def test_the_checkouts_converter_is_the_same(tmp_path):
+    root = GOLDEN[0].parents[3]
+    command = [sys.executable, "-m", "convert", str(GOLDEN[0]), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "mapped " in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (GOLDEN[0] / "model.safetensors").read_bytes()
+
+
+def test_version_and_help_answer_without_loading_jax():
+    code = "import sys, bertjax.cli; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+    assert __version__ in run("--version").stdout
+    for command in ("embed", "info", "convert"):
+        assert f"Usage: main {command}" in run(command, "--help").stdout

@@ -1,0 +1,221 @@
+import dataclasses
+import itertools
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from conftest import WORDS, random_model
+from flax import nnx
+from oracle import require
+
+from bertjax import BertConfig, ConfigError, InputError, SentenceEncoder, SentenceModel, SourceError, Tokenizer
+from bertjax.packing import pack
+from bertjax.sentence import Dense, Normalize
+from bertjax.sentence_files import DenseSpec
+
+PLAIN_WORDS = [word for word in WORDS if not word.startswith("##")]
+
+
+@pytest.fixture(scope="module")
+def encoder(sentence_folder) -> SentenceEncoder:
+    return SentenceEncoder.from_pretrained(sentence_folder, step_tokens=512)
+
+
+def some_texts(count, seed=0, longest=60):
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(PLAIN_WORDS, rng.integers(0, longest))) for _ in range(count)]
+
+
+def compiles(call) -> int:
+    seen = []
+    jax.monitoring.register_event_duration_secs_listener(
+        listener := lambda event, *_, **__: seen.append(event) if "backend_compile" in event else None
+    )
+    try:
+        call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    return len(seen)
+
+
+def test_a_texts_vector_does_not_depend_on_its_company_or_place(encoder):
+    texts = some_texts(300)
+    together = encoder.encode(texts)
+    assert together.dtype == np.float32
+    assert together.shape == (300, 16)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-6)
+    order = np.random.default_rng(1).permutation(300)
+    shuffled = encoder.encode([texts[i] for i in order] + some_texts(41, seed=2))
+    np.testing.assert_allclose(shuffled[:300], together[order], rtol=0, atol=1e-6)
+    alone = np.stack([encoder.encode(text) for text in texts[:20]])
+    np.testing.assert_allclose(alone, together[:20], rtol=0, atol=1e-6)
+    assert np.abs(together[0] - together[1]).max() > 0.01  # vectors do differ between texts
+
+
+def test_packing_gives_what_padding_gives(encoder):
+    texts = some_texts(30)
+    padded = encoder.model(**encoder.tokenize(texts))
+    np.testing.assert_allclose(encoder.encode(texts), padded, rtol=0, atol=1e-6)
+
+
+def test_lists_tuples_and_generators_are_alike(encoder):
+    texts = some_texts(30)
+    expected = encoder.encode(texts)
+    np.testing.assert_array_equal(encoder.encode(tuple(texts)), expected)
+    np.testing.assert_array_equal(encoder.encode(text for text in texts), expected)
+    np.testing.assert_array_equal(encoder.encode(np.array(texts, object)), expected)
+
+
+def test_no_texts(encoder):
+    assert encoder.encode([]).shape == (0, 16)
+    assert encoder.encode([], truncate_dim=3).shape == (0, 3)
+    assert list(encoder.encode_windows(iter(()))) == []
+
+
+def test_empty_duplicate_and_over_long_texts(encoder):
+    long = " ".join(["cat"] * 1000)
+    (window,) = encoder.encode_windows(["", "a cat", "", "a cat", long, " ".join(["cat"] * 148)])
+    np.testing.assert_allclose(window.vectors[0], window.vectors[2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(window.vectors[1], window.vectors[3], rtol=0, atol=1e-6)
+    assert window.truncated.tolist() == [False, False, False, False, True, False]
+    np.testing.assert_allclose(window.vectors[4], window.vectors[5], rtol=0, atol=1e-6)  # 150 tokens, [CLS] and [SEP]
+    assert window.tokens == 2 + 4 + 2 + 4 + 150 + 150
+    assert np.isfinite(window.vectors).all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "name"), [(None, "None"), (7, "7"), (b"x", "b'x'"), (float("nan"), "nan"), (["a"], r"\['a'\]")]
+)
+@pytest.mark.parametrize("prompt", ["", "she was "])
+def test_what_is_not_a_text_is_refused_with_its_position(encoder, bad, name, prompt):
+    texts = ["a cat"] * 2500
+    texts[2100] = bad
+    with pytest.raises(InputError, match=rf"texts\[2100\] is {name}"):
+        encoder.encode(texts, prompt=prompt)
+
+
+def test_a_lone_surrogate_is_refused_with_its_position(encoder):
+    with pytest.raises(InputError, match=r"texts\[1025\] has a lone surrogate"):
+        encoder.encode(["a"] * 1025 + ["\ud800"])
+
+
+@pytest.mark.parametrize("texts", [5, None, b"bytes"])
+def test_what_is_not_a_list_of_texts_is_refused(encoder, texts):
+    with pytest.raises(InputError, match=f"texts is a {type(texts).__name__}, expected a list"):
+        encoder.encode(texts)
+
+
+def test_a_stream_is_read_as_it_is_encoded(encoder):
+    taken = itertools.count()
+    endless = ("a cat sat" for _ in taken)
+    windows = encoder.encode_windows(endless)
+    first, second = next(windows), next(windows)
+    assert len(first.vectors) == len(second.vectors) >= 1024
+    assert next(taken) < 20_000
+
+
+def test_any_corpus_compiles_a_handful_of_shapes(sentence_folder):
+    encoder = SentenceEncoder.from_pretrained(sentence_folder, step_tokens=768)  # shapes that no other test compiled
+    shapes = encoder.shapes.all()
+    assert len(shapes) <= 8
+
+    def corpus():
+        for count, longest in [(1, 5), (3, 60), (700, 30), (90, 200), (1, 200), (2, 140), (17, 3)]:
+            encoder.encode(some_texts(count, seed=count, longest=longest))
+
+    assert 0 < compiles(corpus) <= len(shapes)
+    assert compiles(corpus) == 0
+
+
+def test_every_shape_of_a_batch_is_announced(encoder):
+    tokens = encoder.tokenizer(some_texts(500, longest=140), max_length=encoder.max_seq_length)
+    shapes = {batch.input_ids.shape for batch in pack(tokens.input_ids, tokens.token_type_ids, encoder.shapes)}
+    assert shapes <= set(encoder.shapes.all())
+
+
+def test_prompts(encoder):
+    texts = some_texts(5)
+    by_hand = encoder.encode(["she was " + text for text in texts])
+    np.testing.assert_allclose(encoder.encode(texts, prompt_name="query"), by_hand, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(texts, prompt="she was "), by_hand, rtol=0, atol=1e-6)
+    assert np.abs(encoder.encode(texts) - by_hand).max() > 1e-3
+    with pytest.raises(InputError, match=r"'passage' is not one of the model's prompts \('query', 'none'\)"):
+        encoder.encode(texts, prompt_name="passage")
+
+
+def test_truncation_and_normalisation_of_vectors(encoder):
+    texts = some_texts(5)
+    full = encoder.encode(texts)
+    cut = encoder.encode(texts, truncate_dim=4)
+    np.testing.assert_array_equal(cut, full[:, :4])
+    unit = encoder.encode(texts, truncate_dim=4, normalize_embeddings=True)
+    np.testing.assert_allclose(unit, cut / np.linalg.norm(cut, axis=1, keepdims=True), rtol=0, atol=1e-6)
+    for bad in (0, -1, 17):
+        with pytest.raises(InputError, match=f"truncate_dim is {bad}, the vectors have 16 numbers"):
+            encoder.encode(texts, truncate_dim=bad)
+
+
+def test_progress_is_shown_when_asked_for(encoder, capsys):
+    encoder.encode(some_texts(3), show_progress_bar=True)
+    assert "3/3" in capsys.readouterr().err
+    encoder.encode(some_texts(3))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_with_too_many_ids_is_refused(encoder, vocab_file):
+    small = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = SentenceModel(small, bert=random_model(small))
+    with pytest.raises(ConfigError, match="do not belong together"):
+        SentenceEncoder(model, Tokenizer.from_vocab(vocab_file), encoder.spec)
+
+
+def test_the_length_limit(encoder, sentence_folder):
+    assert encoder.max_seq_length == 150
+    assert SentenceEncoder.from_pretrained(sentence_folder, max_seq_length=20).max_seq_length == 20
+    # never more than the model has positions
+    assert SentenceEncoder.from_pretrained(sentence_folder, max_seq_length=900).max_seq_length == 200
+    unsaid = SentenceEncoder(
+        encoder.model, encoder.tokenizer, dataclasses.replace(encoder.spec, max_seq_length=None)
+    )
+    assert unsaid.max_seq_length == 200
+
+
+@pytest.mark.parametrize("option", ["max_seq_length", "truncate_dim", "step_tokens"])
+def test_sizes_below_one_are_refused(sentence_folder, option):
+    with pytest.raises(ConfigError, match=f"{option} is 0, expected a positive integer"):
+        SentenceEncoder.from_pretrained(sentence_folder, **{option: 0})
+
+
+def test_a_saved_encoder_is_the_same_here_and_in_sentence_transformers(encoder, sentence_folder, tmp_path):
+    texts = some_texts(12)
+    config = encoder.model.config
+    dense = Dense(32, 5, activation="torch.nn.modules.activation.ReLU", use_residual=True, rngs=nnx.Rngs(0))
+    spec = dataclasses.replace(
+        encoder.spec,
+        pooling=("mean", "cls"),
+        modules=(
+            DenseSpec(tmp_path, 32, 5, True, "torch.nn.modules.activation.ReLU", True),
+            None,
+        ),
+        default_prompt_name="query",
+    )
+    model = SentenceModel(config, bert=encoder.model.bert, pooling=spec.pooling, modules=(dense, Normalize()))
+    for name, saved in (("plain", encoder), ("dense", SentenceEncoder(model, encoder.tokenizer, spec))):
+        expected = saved.encode(texts)
+        saved.save_pretrained(tmp_path / name)
+        np.testing.assert_array_equal(SentenceEncoder.from_pretrained(tmp_path / name).encode(texts), expected)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference = require("sentence_transformers").SentenceTransformer(str(tmp_path / name), device="cpu")
+            theirs = reference.encode(texts, show_progress_bar=False)
+        np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-6)
+    with pytest.raises(SourceError, match="already exists"):
+        encoder.save_pretrained(tmp_path / "plain")
+
+
+def test_bfloat16_is_near(encoder, sentence_folder):
+    texts = some_texts(40)
+    half = SentenceEncoder.from_pretrained(sentence_folder, dtype="bfloat16", step_tokens=512)
+    cosine = (encoder.encode(texts) * half.encode(texts)).sum(axis=1)
+    assert 0.99 < cosine.min() < 1.0

@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bertjax import BertConfig, InputError
+from bertjax.inputs import check_inputs
+
+CONFIG = BertConfig(vocab_size=50, type_vocab_size=2, max_position_embeddings=12)
+IDS = np.arange(8).reshape(2, 4)
+
+
+def changed(array, where, value):
+    array = np.array(array)
+    array[where] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((np.arange(4),), r"shape \(4,\), expected \[batch, length\]; add the batch axis with input_ids\[None\]"),
+        ((np.zeros((1, 2, 3), int),), r"shape \(1, 2, 3\), expected \[batch, length\]"),
+        ((np.zeros((2, 0), int),), "there are no tokens"),
+        (([[1, 2], [3]],), "input_ids is ragged; pad its rows"),
+        ((IDS.astype(np.float32),), "input_ids has dtype float32, expected integers"),
+        ((changed(IDS, (1, 2), 50),), r"input_ids\[1, 2\] is 50, outside 0..49"),
+        ((changed(IDS, (0, 3), -1),), r"input_ids\[0, 3\] is -1, outside 0..49"),
+        ((changed(IDS, (0, 3), 2**40),), r"input_ids\[0, 3\] is 1099511627776, outside"),
+        ((np.zeros((1, 13), int),), "13 tokens long, the model has 12 positions; truncate"),
+        ((IDS, np.ones((2, 5))), r"attention_mask has shape \(2, 5\), input_ids has \(2, 4\)"),
+        ((IDS, changed(np.ones((2, 4)), (1, 1), -1e9)), r"attention_mask\[1, 1\] is -1000000000.0, neither 0 nor 1"),
+        ((IDS, changed(np.ones((2, 4)), (1, 1), np.nan)), r"attention_mask\[1, 1\] is nan, neither 0 nor 1"),
+        ((IDS, changed(np.ones((2, 4)), 1, 0)), "attention_mask row 1 is all padding"),
+        ((IDS, None, np.full((2, 4), 2)), r"token_type_ids\[0, 0\] is 2, outside 0..1"),
+        ((IDS, None, None, np.full((2, 4), 12)), r"position_ids\[0, 0\] is 12, outside 0..11"),
+        ((IDS, None, None, np.zeros((4,), int)), r"position_ids has shape \(4,\)"),
+        ((IDS, None, None, None, np.full((2, 4), -1)), r"segment_ids\[0, 0\] is -1, outside"),
+    ],
+)
+def test_unusable_inputs_are_refused_with_the_position(inputs, message):
+    with pytest.raises(InputError, match=message):
+        check_inputs(CONFIG, *inputs)
+    on_device = [jnp.asarray(each) if isinstance(each, np.ndarray) and each.size else each for each in inputs]
+    if not any("is 1099511627776" in part for part in [message]):  # what int32 can't hold never reaches a device
+        with pytest.raises(InputError, match=message):
+            check_inputs(CONFIG, *on_device)
+
+
+@pytest.mark.parametrize("mask", [np.ones((2, 4), bool), np.ones((2, 4), np.float32), [[1, 1, 1, 0], [1, 0, 0, 0]]])
+def test_masks_of_any_dtype_become_bool(mask):
+    found = check_inputs(CONFIG, IDS, mask)["attention_mask"]
+    assert found.dtype == bool
+    np.testing.assert_array_equal(found, np.asarray(mask) != 0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64])
+def test_ids_of_any_integer_dtype_become_int32(dtype):
+    found = check_inputs(CONFIG, IDS.astype(dtype))["input_ids"]
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, IDS)
+
+
+def test_packed_rows_may_be_longer_than_the_positions():
+    segments = np.repeat([[1, 2]], 10, axis=1)
+    assert check_inputs(CONFIG, np.zeros((1, 20), int), segment_ids=segments)["segment_ids"].shape == (1, 20)
+
+
+def test_an_empty_batch_is_a_batch():
+    assert check_inputs(CONFIG, np.zeros((0, 4), int))["input_ids"].shape == (0, 4)
+
+
+def test_inside_jit_shapes_are_checked_and_values_are_not():
+    with pytest.raises(InputError, match="expected \\[batch, length\\]"):
+        jax.jit(lambda ids: check_inputs(CONFIG, ids)["input_ids"])(np.arange(4))
+    assert jax.jit(lambda ids: check_inputs(CONFIG, ids)["input_ids"])(np.full((1, 4), 99)).shape == (1, 4)

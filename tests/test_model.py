@@ -1,0 +1,357 @@
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_model, tolerance
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from oracle import require
+
+from bertjax import BertConfig, BertModel, functional, named_parameters, parameter_table
+from bertjax.errors import ConfigError
+from bertjax.layers import ACTIVATION_FUNCTIONS
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
+TINY = BertConfig(
+    vocab_size=50,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=40,
+)
+
+
+def tiny(config=TINY, **options) -> BertModel:
+    return random_model(config, **options)
+
+
+def random_ids(shape, seed=0):
+    return np.random.default_rng(seed).integers(0, TINY.vocab_size, shape)
+
+
+def test_every_output_matches_torch_golden(golden):
+    expected = np.load(golden / "expected.npz")
+    model = BertModel.from_pretrained(golden)
+    output = model(*(expected[name] for name in INPUTS), output_hidden_states=True, output_attentions=True)
+    for name in OUTPUTS:
+        bound = tolerance(expected[name], model.config.num_hidden_layers)
+        np.testing.assert_allclose(getattr(output, name), expected[name], rtol=0, atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_output_matches_torch_live(seed, tmp_path):
+    """Random sizes, a torch model saved by transformers, the same inputs on both sides, defaults left out."""
+    torch, transformers = require("torch"), require("transformers")
+    rng = np.random.default_rng(seed)
+    heads = int(rng.choice([1, 2, 3, 6]))
+    config = transformers.BertConfig(
+        vocab_size=int(rng.integers(10, 90)),
+        hidden_size=heads * int(rng.choice([1, 4, 7, 16])),
+        num_hidden_layers=int(rng.integers(1, 5)),
+        num_attention_heads=heads,
+        intermediate_size=int(rng.integers(1, 60)),
+        max_position_embeddings=int(rng.integers(16, 40)),
+        type_vocab_size=int(rng.integers(1, 4)),
+        hidden_act=str(rng.choice(["gelu", "gelu_new", "relu", "silu", "tanh"])),
+        layer_norm_eps=float(rng.choice([1e-12, 1e-5, 1e-2])),
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(seed)
+    reference = transformers.BertModel(config, add_pooling_layer=bool(seed % 2)).eval()
+    reference.save_pretrained(tmp_path)
+    ids = rng.integers(0, config.vocab_size, (2, 13))
+    mask = np.ones_like(ids)
+    mask[0, 9:] = 0
+    with torch.no_grad():
+        expected = reference(
+            torch.tensor(ids), torch.tensor(mask), output_hidden_states=True, output_attentions=True
+        )
+    output = BertModel.from_pretrained(tmp_path)(ids, mask, output_hidden_states=True, output_attentions=True)
+    for name in OUTPUTS:
+        value = getattr(expected, name)
+        if value is None:
+            assert getattr(output, name) is None
+            continue
+        value = np.stack([part.numpy() for part in value]) if isinstance(value, tuple) else value.numpy()
+        bound = tolerance(value, config.num_hidden_layers)
+        np.testing.assert_allclose(getattr(output, name), value, rtol=0, atol=bound, err_msg=name)
+
+
+def test_activations_match_torch():
+    torch, activations = require("torch"), require("transformers.activations")
+    x = np.linspace(-8, 8, 4001, dtype=np.float32)
+    for name, function in ACTIVATION_FUNCTIONS.items():
+        expected = activations.ACT2FN[name](torch.tensor(x)).numpy()
+        np.testing.assert_allclose(function(jnp.asarray(x)), expected, rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_gelu_is_the_erf_form_and_gelu_new_the_tanh_form():
+    x = np.linspace(-4, 4, 401)
+    erf = np.array([0.5 * v * (1 + math.erf(v / math.sqrt(2))) for v in x])
+    tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    assert np.abs(erf - tanh).max() > 4e-4  # two hundred times the tolerance below
+    for name, expected in (("gelu", erf), ("gelu_new", tanh), ("gelu_pytorch_tanh", tanh), ("gelu_fast", tanh)):
+        found = ACTIVATION_FUNCTIONS[name](jnp.asarray(x, jnp.float32))
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("field", ["layer_norm_eps", "hidden_act", "num_attention_heads"])
+def test_a_config_field_changes_the_numbers(field):
+    other = {"layer_norm_eps": 0.1, "hidden_act": "relu", "num_attention_heads": 8}[field]
+    ids = random_ids((2, 9))
+    a = tiny()(ids).last_hidden_state
+    b = tiny(dataclasses.replace(TINY, **{field: other}))(ids).last_hidden_state
+    assert float(jnp.abs(a - b).max()) > 1e-3
+
+
+def test_defaults_are_no_padding_type_zero_and_counted_positions():
+    model, ids = tiny(), random_ids((2, 9))
+    explicit = model(ids, np.ones_like(ids), np.zeros_like(ids), np.tile(np.arange(9), (2, 1)))
+    # Two programs, so not to the bit; any other type or position would differ by more than 0.1.
+    np.testing.assert_allclose(model(ids).last_hidden_state, explicit.last_hidden_state, rtol=0, atol=5e-6)
+
+
+def test_padding_changes_nothing_for_real_tokens():
+    model, ids = tiny(), random_ids((2, 9))
+    padded = np.pad(ids, ((0, 0), (0, 6)), constant_values=7)
+    mask = np.pad(np.ones_like(ids), ((0, 0), (0, 6)))
+    np.testing.assert_allclose(
+        model(padded, mask).last_hidden_state[:, :9], model(ids).last_hidden_state, rtol=0, atol=1e-5
+    )
+
+
+def test_segments_in_a_row_do_not_see_each_other():
+    model = tiny()
+    parts = [random_ids((1, n), seed=n) for n in (5, 1, 8)]
+    packed = np.concatenate([*parts, random_ids((1, 3))], axis=1)
+    segments = np.repeat([1, 2, 3, 0], [5, 1, 8, 3])[None]
+    output = model(packed, segment_ids=segments).last_hidden_state[0]
+    start = 0
+    for part in parts:
+        alone = model(part).last_hidden_state[0]
+        np.testing.assert_allclose(output[start : start + len(alone)], alone, rtol=0, atol=1e-5)
+        start += len(alone)
+    # and the comparison is able to fail: without segment ids the texts do see each other
+    assert float(jnp.abs(model(packed).last_hidden_state[0, :5] - output[:5]).max()) > 1e-2
+
+
+def test_segments_and_padding_mask_combine():
+    model, ids = tiny(), random_ids((1, 10))
+    segments = np.repeat([[1, 2]], 5, axis=1)
+    mask = np.array([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
+    output = model(ids, mask, segment_ids=segments).last_hidden_state
+    np.testing.assert_allclose(output[0, :3], model(ids[:, :3]).last_hidden_state[0], rtol=0, atol=1e-5)
+
+
+def test_unroll_and_remat_change_nothing():
+    ids = random_ids((2, 9))
+    expected = tiny()(ids).last_hidden_state
+    for options in ({"unroll": 2}, {"unroll": True}, {"remat": True}):
+        np.testing.assert_allclose(tiny(**options)(ids).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_remat_gives_the_same_gradients():
+    def gradients(model):
+        apply, params = functional(model)
+        return jax.grad(lambda params: apply(params, random_ids((2, 9))).last_hidden_state[:, 0].sum())(params)
+
+    for a, b in zip(jax.tree.leaves(gradients(tiny())), jax.tree.leaves(gradients(tiny(remat=True))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_lower_precision_is_near_and_accumulates_in_float32(dtype):
+    ids = random_ids((2, 9))
+    model = tiny(dtype=dtype)
+    output = model(ids, output_attentions=True)
+    exact = tiny()(ids)
+    assert output.last_hidden_state.dtype == jnp.float32
+    # Rows of float32 softmax sum to one far more closely than this dtype could say.
+    np.testing.assert_allclose(output.attentions.sum(-1), 1.0, rtol=0, atol=1e-6)
+    error = float(jnp.abs(output.last_hidden_state - exact.last_hidden_state).max())
+    assert 0 < error < 64 * float(jnp.finfo(dtype).eps)
+    text = jax.jit(lambda ids: model(ids).last_hidden_state).lower(ids).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    name = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
+    assert dots
+    for line in dots:
+        operands, result = line.split(" : ")[1].split("->")
+        assert operands.count(f"x{name}>") == 2, line
+        assert result.strip().endswith("xf32>"), line
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_matmuls_take_xlas_fast_path_on_cpu(dtype):
+    """XLA hands a matmul to its CPU kernel library only if the operands' layout suits; a slip costs half the speed."""
+    model = tiny(dtype=dtype, add_pooling_layer=False)
+    run = jax.jit(lambda ids, segments: model(ids, segment_ids=segments).last_hidden_state)
+    text = run.lower(random_ids((4, 32)), np.ones((4, 32), int)).compile().as_text()
+    fast = set(re.findall(r"%ynn_fusion\S* = .*calls=(%\S+),", text))
+    computations = {part.split(" ")[0]: part for part in text.split("\n\n")}
+    with_dots = {name: part.count(" dot(") for name, part in computations.items() if " dot(" in part}
+    # query, key, value and output, the two of the feed-forward, and attention's own two
+    assert sum(with_dots.values()) == 8
+    assert with_dots.keys() <= fast
+
+
+def test_float32_asks_for_the_highest_precision():
+    text = jax.jit(lambda ids: tiny()(ids)).lower(random_ids((2, 9))).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert dots
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots)
+
+
+def test_dropout_is_off_without_a_key_and_random_with_one():
+    model, ids = tiny(), random_ids((2, 9))
+    plain = model(ids).last_hidden_state
+    np.testing.assert_array_equal(plain, model(ids).last_hidden_state)
+    one = model(ids, dropout_key=jax.random.key(1)).last_hidden_state
+    np.testing.assert_array_equal(one, model(ids, dropout_key=jax.random.key(1)).last_hidden_state)
+    two = model(ids, dropout_key=jax.random.key(2)).last_hidden_state
+    assert float(jnp.abs(one - plain).max()) > 1e-2
+    assert float(jnp.abs(one - two).max()) > 1e-2
+
+
+def test_dropout_rates_of_zero_drop_nothing():
+    config = dataclasses.replace(TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, ids = tiny(config), random_ids((2, 9))
+    with_key = model(ids, dropout_key=jax.random.key(1)).last_hidden_state
+    np.testing.assert_allclose(with_key, model(ids).last_hidden_state, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_each_dropout_rate_is_used(rate):
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, rate: 0.5}
+    model, ids = tiny(dataclasses.replace(TINY, **rates)), random_ids((2, 9))
+    dropped = model(ids, dropout_key=jax.random.key(1)).last_hidden_state
+    assert float(jnp.abs(dropped - model(ids).last_hidden_state).max()) > 1e-2
+
+
+def test_functional_composes_with_jit_grad_and_vmap():
+    model = tiny()
+    apply, params = functional(model)
+    ids = random_ids((4, 2, 9))
+    expected = np.stack([model(rows).last_hidden_state for rows in ids])
+    jitted = jax.jit(apply)
+    np.testing.assert_allclose(jitted(params, ids[0]).last_hidden_state, expected[0], rtol=0, atol=1e-5)
+    mapped = jax.vmap(apply, in_axes=(None, 0))(params, ids)
+    np.testing.assert_allclose(mapped.last_hidden_state, expected, rtol=0, atol=1e-5)
+    gradients = jax.jit(jax.grad(lambda params: jitted(params, ids[0]).pooler_output.sum()))(params)
+    assert jax.tree.structure(gradients) == jax.tree.structure(params)
+    for path, leaf in jax.tree.leaves_with_path(gradients):
+        # A key's bias shifts all scores of a query alike, so the softmax ignores it.
+        assert float(jnp.abs(leaf).max()) > 0 or "'key'" in str(path), path
+
+
+def test_functional_composes_with_shard_map():
+    devices = jax.devices()
+    assert len(devices) == 8, "this test needs eight devices; see conftest.py"
+    mesh = Mesh(np.array(devices), ("data",))
+    model = tiny()
+    apply, params = functional(model)
+    ids = random_ids((16, 9))
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda params, ids: apply(params, ids).last_hidden_state,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec("data")),
+            out_specs=PartitionSpec("data"),
+        )
+    )(params, ids)
+    assert len(sharded.sharding.device_set) == 8
+    np.testing.assert_allclose(sharded, model(ids).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_the_gradient_is_the_slope():
+    apply, params = functional(tiny())
+    ids = random_ids((2, 9))
+    direction = jax.tree.map(lambda leaf: jnp.sign(leaf + 0.1), params)
+    loss = jax.jit(lambda params: jnp.square(apply(params, ids).pooler_output).sum())
+    slope = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (jax.grad(loss)(params), direction)), strict=True))
+    step = 1e-3
+    moved = [jax.tree.map(lambda leaf, d, sign=sign: leaf + sign * step * d, params, direction) for sign in (1, -1)]
+    numeric = (loss(moved[0]) - loss(moved[1])) / (2 * step)
+    np.testing.assert_allclose(slope, numeric, rtol=2e-2)
+
+
+def test_works_with_nnx_transforms():
+    model, ids = tiny(), random_ids((2, 9))
+    expected = model(ids).pooler_output
+    np.testing.assert_allclose(nnx.jit(lambda model, ids: model(ids).pooler_output)(model, ids), expected, atol=1e-5)
+    gradients = nnx.grad(lambda model: model(ids).pooler_output.sum())(model)
+    assert jax.tree.leaves(gradients)
+
+
+def test_a_second_call_compiles_nothing():
+    model, ids = tiny(), random_ids((2, 9))
+    model(ids)
+    assert _compiles(lambda: model(random_ids((2, 9), seed=1))) == 0
+    assert _compiles(lambda: model(random_ids((2, 10)))) > 0  # the counter does count
+
+
+def _compiles(call) -> int:
+    counts = []
+    jax.monitoring.register_event_duration_secs_listener(
+        listener := lambda event, *_, **__: counts.append(event) if "backend_compile" in event else None
+    )
+    try:
+        call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    return len(counts)
+
+
+def test_named_parameters_of_bert_base_and_large():
+    for preset, tensors, total in (("base", 199, 109_482_240), ("large", 391, 335_141_888)):
+        config = BertConfig.preset(preset)
+        model = nnx.eval_shape(lambda config=config: BertModel(config, rngs=nnx.Rngs(0)))
+        parameters = named_parameters(model)
+        assert len(parameters) == tensors
+        assert sum(int(np.prod(struct.shape)) for struct in parameters.values()) == total
+        assert parameter_table(model).endswith(f"{tensors} tensors, {total:,} parameters")
+
+
+def test_named_parameters_are_torchs_own():
+    transformers = require("transformers")
+    config = {name: getattr(TINY, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    config |= {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 40}
+    reference = transformers.BertModel(transformers.BertConfig(**config))
+    expected = {name: tuple(parameter.shape) for name, parameter in reference.named_parameters()}
+    assert {name: struct.shape for name, struct in named_parameters(tiny()).items()} == expected
+
+
+def test_initialisation_is_the_papers():
+    model = BertModel(dataclasses.replace(TINY, vocab_size=5000, initializer_range=0.02), rngs=nnx.Rngs(0))
+    words = np.asarray(model.embeddings.word_embeddings.embedding[...])
+    assert np.abs(words).max() <= 0.04
+    assert abs(words.std() - 0.02 * 0.8796) < 2e-4  # a normal cut at two deviations has 0.8796 of its deviation
+    layers = model.encoder.layers
+    kernels = np.asarray(layers.attention.query.kernel[...])
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01  # every layer has its own draw
+    assert not np.asarray(layers.attention.query.bias[...]).any()
+    assert (np.asarray(layers.attention_norm.scale[...]) == 1).all()
+
+
+def test_printing_shows_the_module_tree():
+    text = str(tiny())
+    assert text.splitlines()[0] == "BertModel"
+    assert "  encoder: BertEncoder\n    layers: BertLayer\n      attention: BertSelfAttention" in text
+    assert "kernel: float32[3, 32, 64]" in text
+
+
+def test_without_a_pooler():
+    assert tiny(add_pooling_layer=False)(random_ids((2, 9))).pooler_output is None
+
+
+@pytest.mark.parametrize("option", ["dtype", "param_dtype"])
+@pytest.mark.parametrize("value", ["int8", "float64", "no such"])
+def test_other_dtypes_are_refused(option, value):
+    with pytest.raises(ConfigError, match=rf"{option}='{value}' is not supported.*float32, bfloat16, float16"):
+        tiny(**{option: value})
