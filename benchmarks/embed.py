@@ -163,9 +163,7 @@ def report(found: dict) -> str:
 @click.option("--rounds", default=5, show_default=True, help="How many turns each library gets.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--save", "name", help="Write the result to benchmarks/results under this name.")
-def main(
-    model: str, file: Path | None, source: str, count: int, rounds: int, dtype: str, name: str | None
-) -> None:
+def main(model: str, file: Path | None, source: str, count: int, rounds: int, dtype: str, name: str | None) -> None:
     """Compares bertjax with sentence-transformers on MODEL, a local folder."""
     texts = read_texts(file, count)
     with tempfile.TemporaryDirectory() as folder:

@@ -68,8 +68,11 @@ class SentenceEncoder:
                 f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary ends at "
                 f"{model.config.vocab_size - 1}; they do not belong together"
             )
-        if step_tokens is not None and step_tokens < 1:
-            raise ConfigError(f"step_tokens is {step_tokens}, expected a positive integer")
+        if step_tokens is not None:
+            check_positive("step_tokens", step_tokens)
+        special = tokenizer.num_special_tokens(pair=False)
+        if min(limits) < special:
+            raise ConfigError(f"at most {min(limits)} tokens leave no room for the {special} special tokens")
         self.model = model
         self.tokenizer = tokenizer
         self.spec = spec
@@ -227,10 +230,11 @@ class SentenceEncoder:
         return self.spec.prompts[name]
 
     def _prompt_length(self, prompt: str) -> int:
-        """How many tokens a prompt takes at the head of a text: all but the closing [SEP]."""
+        """How many tokens a prompt takes at the head of a text: all but a closing special token."""
         if not prompt or self.spec.include_prompt:
             return 0
-        return len(self.tokenizer([prompt], max_length=self.max_seq_length).input_ids[0]) - 1
+        encoding = self.tokenizer.backend.encode(prompt)
+        return len(encoding.ids) - encoding.special_tokens_mask[-1]
 
     def output_dimension(self, truncate_dim: int | None = None) -> int:
         """Length of the vectors that `encode` returns. Raises `InputError` if they can't be cut to `truncate_dim`."""
@@ -242,6 +246,12 @@ class SentenceEncoder:
         return truncate_dim
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raises `ConfigError` if a size is not an integer of at least one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, expected a positive integer")
+
+
 def _join(parts: list[Tokens]) -> Tokens:
     return Tokens(
         input_ids=[ids for part in parts for ids in part.input_ids],
@@ -251,9 +261,7 @@ def _join(parts: list[Tokens]) -> Tokens:
     )
 
 
-def _finish(
-    tokens: Tokens, steps: list[tuple[PackedBatch, jax.Array]], dim: int, normalize: bool
-) -> EncodedWindow:
+def _finish(tokens: Tokens, steps: list[tuple[PackedBatch, jax.Array]], dim: int, normalize: bool) -> EncodedWindow:
     """Waits for a window's steps and puts its vectors in input order."""
     vectors = np.empty((len(tokens.input_ids), dim), np.float32)
     for batch, result in steps:

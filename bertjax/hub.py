@@ -27,9 +27,9 @@ NEEDED_FILES = (
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_*_config.json",
-    "[0-9]_*/*.json",
-    "[0-9]_*/vocab.txt",
-    "[0-9]_*/model*.safetensors",
+    "[0-9]*_*/*.json",
+    "[0-9]*_*/vocab.txt",
+    "[0-9]*_*/model*.safetensors",
 )
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")

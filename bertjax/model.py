@@ -121,12 +121,8 @@ class BertModel(nnx.Module):
         param_dtype = check_dtype("param_dtype", param_dtype)
         self.config = config
         self.embeddings = BertEmbeddings(config, param_dtype=param_dtype, rngs=rngs)
-        self.encoder = BertEncoder(
-            config, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll, rngs=rngs
-        )
-        self.pooler = (
-            BertPooler(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if add_pooling_layer else None
-        )
+        self.encoder = BertEncoder(config, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll, rngs=rngs)
+        self.pooler = BertPooler(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if add_pooling_layer else None
         # How the checkpoint spelt its names, kept so that `save_pretrained` gives the same file back.
         self.layout = None
 
@@ -227,9 +223,7 @@ def token_positions(inputs: dict[str, jax.Array | None]) -> jax.Array:
     return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-def _may_attend(
-    input_ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None
-) -> jax.Array:
+def _may_attend(input_ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
     """Which key each query may look at: bool, broadcastable to [batch, heads, queries, keys]."""
     mask = jnp.ones((1, 1, 1, input_ids.shape[1]), bool)
     if attention_mask is not None:

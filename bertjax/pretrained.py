@@ -18,7 +18,7 @@ from bertjax import hub
 from bertjax.atomic import atomic_folder
 from bertjax.config import BertConfig, read_json_object
 from bertjax.convert import bert, files, rules
-from bertjax.embedder import SentenceEncoder
+from bertjax.embedder import SentenceEncoder, check_positive
 from bertjax.errors import CheckpointError, ConfigError, SourceError
 from bertjax.layers import DType
 from bertjax.model import BertModel, check_dtype
@@ -38,8 +38,8 @@ _SIDE_FILES = (
     "modules.json",
     "config_sentence_transformers.json",
     "sentence_*_config.json",
-    "[0-9]_*/*.json",
-    "[0-9]_*/model.safetensors",
+    "[0-9]*_*/*.json",
+    "[0-9]*_*/model.safetensors",
 )
 
 
@@ -238,8 +238,8 @@ def load_sentence_encoder(
     spec = read_spec(folder, pooling)
     asked = {"max_seq_length": max_seq_length, "truncate_dim": truncate_dim}
     for name, value in asked.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} is {value}, expected a positive integer")
+        if value is not None:
+            check_positive(name, value)
     spec = dataclasses.replace(spec, **{name: value for name, value in asked.items() if value is not None})
     tokenizer = Tokenizer.from_folder(
         spec.transformer, normalizer=tokenizer_normalizer, do_lower_case=spec.do_lower_case
@@ -260,13 +260,7 @@ def load_sentence_encoder(
             width = module.out_features
         else:
             modules.append(Normalize())
-    model = SentenceModel(
-        bert_model.config,
-        pooling=spec.pooling,
-        include_prompt=spec.include_prompt,
-        modules=tuple(modules),
-        bert=bert_model,
-    )
+    model = SentenceModel(bert_model, pooling=spec.pooling, include_prompt=spec.include_prompt, modules=tuple(modules))
     return SentenceEncoder(model, tokenizer, spec, step_tokens=step_tokens)
 
 

@@ -16,7 +16,7 @@ from jax import lax
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
 from bertjax.inputs import check_inputs
-from bertjax.layers import DType, linear
+from bertjax.layers import linear
 from bertjax.model import BertModel, encode, module_tree
 
 #: Pooling modes, in the order in which old Pooling configs, with a flag for each mode, concatenate several of them.
@@ -119,35 +119,25 @@ class SentenceModel(nnx.Module):
     """Token ids to one vector per text: BERT, pooling, then any number of `Dense` and `Normalize` modules.
 
     Args:
-        config: the encoder's configuration.
+        bert: the encoder; its pooler, if any, is not used.
         pooling: one of `POOLING_MODES`, or several: their vectors are concatenated in the given order.
         include_prompt: whether a prompt's tokens count in the pooling.
-        modules: what follows the pooling, in order.
-        dtype: see `BertModel`; everything after the encoder is float32.
-        param_dtype: see `BertModel`.
-        bert: an existing encoder to use instead of a new one.
-        rngs: random keys for a new encoder's parameters.
+        modules: what follows the pooling, in order; in float32, whatever the encoder's dtype.
     """
 
     def __init__(
         self,
-        config: BertConfig,
+        bert: BertModel,
         *,
         pooling: str | tuple[str, ...] = "mean",
         include_prompt: bool = True,
         modules: tuple[nnx.Module, ...] = (),
-        dtype: DType = jnp.float32,
-        param_dtype: DType = jnp.float32,
-        bert: BertModel | None = None,
-        rngs: nnx.Rngs | None = None,
     ):
         pooling = (pooling,) if isinstance(pooling, str) else tuple(pooling)
         unknown = [mode for mode in pooling if mode not in POOLING_MODES]
         if unknown or not pooling:
             raise ConfigError(f"unknown pooling {unknown or pooling}; expected one or more of {POOLING_MODES}")
-        self.bert = bert or BertModel(
-            config, add_pooling_layer=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.bert = bert
         self.pooling = pooling
         self.include_prompt = include_prompt
         self.modules = nnx.List(modules)

@@ -149,9 +149,7 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
     modules = []
     for name, path in _read_modules(file):
         if not isinstance(name, str) or name not in _MODULE_TYPES:
-            raise ConfigError(
-                f"{file}: module type {_show(name)} is not supported; known: {', '.join(_MODULE_TYPES)}"
-            )
+            raise ConfigError(f"{file}: module type {_show(name)} is not supported; known: {', '.join(_MODULE_TYPES)}")
         if not isinstance(path, str) or not _is_inside(path):
             raise ConfigError(f"{file}: path {_show(path)} is not the name of a folder inside the model's")
         modules.append((_MODULE_TYPES[name], folder / path))
@@ -228,8 +226,7 @@ def _read_dense(folder: Path) -> DenseSpec:
     activation = _expect(file, config, "activation_function", str, "torch.nn.modules.activation.Tanh")
     if activation not in DENSE_ACTIVATIONS:
         raise ConfigError(
-            f"{file}: activation_function {_show(activation)} is not supported; "
-            f"known: {', '.join(DENSE_ACTIVATIONS)}"
+            f"{file}: activation_function {_show(activation)} is not supported; known: {', '.join(DENSE_ACTIVATIONS)}"
         )
     return DenseSpec(
         folder,

@@ -205,8 +205,8 @@ class Tokenizer:
             named = complete_roles(declared.named, backend)
         elif os.path.isfile(folder / "vocab.txt"):
             flags = {name: config.get(name, default) for name, default in FLAGS.items()}
-            flags["do_lower_case"] = flags["do_lower_case"] or do_lower_case
-            return cls._build(folder / "vocab.txt", flags, BERT_TOKENS | declared.named, declared, options)
+            named = BERT_TOKENS | declared.named
+            return cls._build(folder / "vocab.txt", flags, named, declared, options, do_lower_case)
         else:
             raise SourceError(f"{folder} has neither tokenizer.json nor vocab.txt (or is no folder that can be read)")
         with as_tokenizer_error(source):
@@ -267,6 +267,7 @@ class Tokenizer:
         named: Mapping[str, Any],
         declared: DeclaredTokens,
         options: Mapping[str, Any],
+        do_lower_case: bool = False,
     ) -> "Tokenizer":
         vocab = read_vocab(path)
         with as_tokenizer_error(path):
@@ -277,6 +278,8 @@ class Tokenizer:
                 if not has_none and (token is None or backend.token_to_id(token) is None):
                     raise TokenizerError(describe_missing(path, name, token, vocab))
             backend.post_processor = build_template(backend, named["cls_token"], named["sep_token"])
+            if do_lower_case:
+                backend.normalizer = lowercase_first(backend.normalizer)
             return cls(backend, special_tokens=named, **options)
 
     def __call__(

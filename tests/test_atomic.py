@@ -15,11 +15,7 @@ def make_model(folder):
 
 
 def contents(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
-    }
-
-
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def test_a_file_appears_whole_with_ordinary_permissions(tmp_path):

@@ -165,7 +165,7 @@ def test_progress_is_shown_when_asked_for(encoder, capsys):
 
 def test_a_tokenizer_with_too_many_ids_is_refused(encoder, vocab_file):
     small = BertConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    model = SentenceModel(small, bert=random_model(small))
+    model = SentenceModel(random_model(small))
     with pytest.raises(ConfigError, match="do not belong together"):
         SentenceEncoder(model, Tokenizer.from_vocab(vocab_file), encoder.spec)
 
@@ -175,21 +175,24 @@ def test_the_length_limit(encoder, sentence_folder):
     assert SentenceEncoder.from_pretrained(sentence_folder, max_seq_length=20).max_seq_length == 20
     # never more than the model has positions
     assert SentenceEncoder.from_pretrained(sentence_folder, max_seq_length=900).max_seq_length == 200
-    unsaid = SentenceEncoder(
-        encoder.model, encoder.tokenizer, dataclasses.replace(encoder.spec, max_seq_length=None)
-    )
+    unsaid = SentenceEncoder(encoder.model, encoder.tokenizer, dataclasses.replace(encoder.spec, max_seq_length=None))
     assert unsaid.max_seq_length == 200
 
 
 @pytest.mark.parametrize("option", ["max_seq_length", "truncate_dim", "step_tokens"])
-def test_sizes_below_one_are_refused(sentence_folder, option):
-    with pytest.raises(ConfigError, match=f"{option} is 0, expected a positive integer"):
-        SentenceEncoder.from_pretrained(sentence_folder, **{option: 0})
+@pytest.mark.parametrize("value", [0, -3, "5", 2.5, True])
+def test_sizes_that_are_no_positive_integers_are_refused(sentence_folder, option, value):
+    with pytest.raises(ConfigError, match=f"{option} is {value!r}, expected a positive integer"):
+        SentenceEncoder.from_pretrained(sentence_folder, **{option: value})
+
+
+def test_a_limit_without_room_for_the_special_tokens_is_refused(sentence_folder):
+    with pytest.raises(ConfigError, match="at most 1 tokens leave no room for the 2 special tokens"):
+        SentenceEncoder.from_pretrained(sentence_folder, max_seq_length=1)
 
 
 def test_a_saved_encoder_is_the_same_here_and_in_sentence_transformers(encoder, sentence_folder, tmp_path):
     texts = some_texts(12)
-    config = encoder.model.config
     dense = Dense(32, 5, activation="torch.nn.modules.activation.ReLU", use_residual=True, rngs=nnx.Rngs(0))
     spec = dataclasses.replace(
         encoder.spec,
@@ -200,7 +203,7 @@ def test_a_saved_encoder_is_the_same_here_and_in_sentence_transformers(encoder, 
         ),
         default_prompt_name="query",
     )
-    model = SentenceModel(config, bert=encoder.model.bert, pooling=spec.pooling, modules=(dense, Normalize()))
+    model = SentenceModel(encoder.model.bert, pooling=spec.pooling, modules=(dense, Normalize()))
     for name, saved in (("plain", encoder), ("dense", SentenceEncoder(model, encoder.tokenizer, spec))):
         expected = saved.encode(texts)
         saved.save_pretrained(tmp_path / name)

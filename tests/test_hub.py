@@ -55,7 +55,9 @@ class FakeHub:
             siblings = [{"rfilename": name} for name in self.files]
             return self.send(request, {"id": "acme/bert", "sha": COMMIT, "siblings": siblings})
         if path.startswith(f"{prefix}/tree/"):
-            listing = [{"type": "file", "path": name, "size": len(data)} for name, data in self.files.items()]
+            listing = [
+                {"type": "file", "oid": "0", "path": name, "size": len(data)} for name, data in self.files.items()
+            ]
             return self.send(request, listing)
         code = "RevisionNotFound" if path.startswith(prefix) else "RepoNotFound"
         return self.send(request, {"error": code}, status=404, headers={"X-Error-Code": code})

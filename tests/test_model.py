@@ -70,9 +70,7 @@ def test_every_output_matches_torch_live(seed, tmp_path):
     mask = np.ones_like(ids)
     mask[0, 9:] = 0
     with torch.no_grad():
-        expected = reference(
-            torch.tensor(ids), torch.tensor(mask), output_hidden_states=True, output_attentions=True
-        )
+        expected = reference(torch.tensor(ids), torch.tensor(mask), output_hidden_states=True, output_attentions=True)
     output = BertModel.from_pretrained(tmp_path)(ids, mask, output_hidden_states=True, output_attentions=True)
     for name in OUTPUTS:
         value = getattr(expected, name)

@@ -645,3 +645,20 @@ def test_only_a_known_choice_is_taken(tmp_path):
         Tokenizer.from_folder(folder, normalizer="config")
     with pytest.raises(TokenizerError, match="only describes the normalizer of a WordPiece model"):
         Tokenizer.from_folder(folder, normalizer="tokenizer_config.json")
+
+
+@pytest.mark.parametrize("cased", [True, False])
+def test_lowercasing_asked_for_from_outside_strips_no_accents(tmp_path, cased):
+    """sentence-transformers' own do_lower_case puts lower-casing first and leaves the rest of the pipeline alone."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "caf\u00e9", "cafe", "CAF\u00c9"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": not cased}))
+
+    def second_id(folder, **options):
+        return words[Tokenizer.from_folder(folder, **options)(["CAF\u00c9"]).input_ids[0][1]]
+
+    assert second_id(tmp_path) == ("CAF\u00c9" if cased else "cafe")
+    assert second_id(tmp_path, do_lower_case=True) == ("caf\u00e9" if cased else "cafe")
+    saved = tmp_path / "saved"
+    Tokenizer.from_folder(tmp_path, do_lower_case=True).save_pretrained(saved)
+    assert second_id(saved) == ("caf\u00e9" if cased else "cafe")

@@ -240,9 +240,7 @@ def test_a_buffer_that_says_something_else_is_refused(name, value, tmp_path):
 
 
 def towers(*prefixes):
-    return {
-        prefix + name: array + index for index, prefix in enumerate(prefixes) for name, array in TENSORS.items()
-    }
+    return {prefix + name: array + index for index, prefix in enumerate(prefixes) for name, array in TENSORS.items()}
 
 
 @pytest.mark.parametrize(
