@@ -7,13 +7,13 @@ effect is kept aside in `extra` and comes back from `to_hf` unchanged.
 """
 
 import dataclasses
-import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bertjax.errors import ConfigError, SourceError
+from bertjax.errors import ConfigError
+from bertjax.json_files import read_json
 
 #: Activations by Hugging Face's names. "gelu" is the erf form; "gelu_new", "gelu_pytorch_tanh" and "gelu_fast" are
 #: three spellings of the tanh approximation; "quick_gelu" is x * sigmoid(1.702 x).
@@ -44,9 +44,6 @@ PRESETS: Mapping[str, tuple[int, int, int]] = {
 _MAX_SIZE = 1 << 16
 _MAX_LAYERS = 1 << 10
 _MAX_ROWS = 1 << 24
-
-# A JSON file is read whole, so its size is limited, to what safetensors allows a header.
-_MAX_JSON_BYTES = 100_000_000
 
 # Fields of config.json that do not change what the encoder computes: they concern generation, training bookkeeping,
 # the library that wrote the file, the heads, or the tokenizer. They are carried, not read.
@@ -166,7 +163,7 @@ class BertConfig:
     def from_file(cls, path: str | Path, *, ignore: Iterable[str] = ()) -> "BertConfig":
         """Reads a `config.json` file; see `from_hf`. Raises `SourceError` if the file can't be read."""
         path = Path(path)
-        config = read_json_object(path)
+        config = read_json(path, ConfigError)
         try:
             return cls.from_hf(config, ignore=ignore)
         except ConfigError as error:
@@ -181,34 +178,6 @@ class BertConfig:
 _FIELDS: Mapping[str, dataclasses.Field] = {
     field.name: field for field in dataclasses.fields(BertConfig) if field.name != "extra"
 }
-
-
-def read_json_object(path: Path, error: type[Exception] = ConfigError) -> dict[str, Any]:
-    """Reads a JSON file that must hold an object.
-
-    Args:
-        path: the file.
-        error: the error class to raise when the contents are not a JSON object.
-
-    Raises:
-        SourceError: the file can't be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_JSON_BYTES + 1)
-    except OSError as problem:
-        raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
-    if len(data) > _MAX_JSON_BYTES:
-        raise error(f"{path}: larger than {_MAX_JSON_BYTES} bytes, which no such file is")
-    try:
-        value = json.loads(data.decode())
-    except UnicodeDecodeError as problem:
-        raise error(f"{path}: not UTF-8 text ({problem})") from None
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not valid JSON ({problem})") from None
-    if not isinstance(value, dict):
-        raise error(f"{path}: holds a JSON {type(value).__name__}, expected an object")
-    return value
 
 
 def _foreign_problems(config: Mapping[str, Any], ignore: frozenset[str]) -> list[str]:

@@ -16,10 +16,11 @@ from flax import nnx
 
 from bertjax import hub
 from bertjax.atomic import atomic_folder
-from bertjax.config import BertConfig, read_json_object
+from bertjax.config import BertConfig
 from bertjax.convert import bert, files, rules
 from bertjax.embedder import SentenceEncoder, check_positive
 from bertjax.errors import CheckpointError, ConfigError, SourceError
+from bertjax.json_files import read_json
 from bertjax.layers import DType
 from bertjax.model import BertModel, check_dtype
 from bertjax.sentence import Dense, Normalize, SentenceModel
@@ -191,7 +192,7 @@ def convert_checkpoint(
         if dtype is None:
             shutil.copyfile(folder / "config.json", temporary / "config.json")
         else:
-            _write_config(temporary, read_json_object(folder / "config.json"), tree.values())
+            _write_config(temporary, read_json(folder / "config.json", ConfigError), tree.values())
         _write_weights(temporary, [*bert.export(plan.slots, tree, plan.layout, kept), *unused], plan.layout)
         if dtype is None and plan.layout.shards:  # the same tensors in the same places
             shutil.copyfile(folder / files.INDEX_FILE, temporary / files.INDEX_FILE)

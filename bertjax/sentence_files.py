@@ -5,14 +5,13 @@ what each one is, and anything else is refused. The layout changed with version 
 """
 
 import dataclasses
-import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from bertjax.config import read_json_object
-from bertjax.errors import ConfigError, SourceError
+from bertjax.errors import ConfigError
+from bertjax.json_files import read_json
 from bertjax.sentence import DENSE_ACTIVATIONS, POOLING_MODES
 
 _OLD, _NEW = "sentence_transformers.models", "sentence_transformers"
@@ -54,7 +53,6 @@ _OTHER_SETTINGS = {"max_seq_length", "do_lower_case", "unpad_inputs"}
 
 # Far above any that was ever published.
 _MAX_FEATURES = 1 << 20
-_MAX_MODULES_BYTES = 1 << 20
 _MAX_NAME_BYTES = 255
 
 # How values are shown in messages: cut to a length that fits, and never too deep to be shown.
@@ -163,19 +161,7 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
 
 def _read_modules(file: Path) -> list[tuple[Any, Any]]:
     """The type and path of every module, not checked yet."""
-    try:
-        with open(file, "rb") as opened:
-            data = opened.read(_MAX_MODULES_BYTES + 1)
-    except OSError as problem:
-        raise SourceError(f"{file}: can't be read ({problem.strerror or problem})") from None
-    if len(data) > _MAX_MODULES_BYTES:
-        raise ConfigError(f"{file}: larger than {_MAX_MODULES_BYTES} bytes, which no such file is")
-    try:
-        entries = json.loads(data.decode())
-    except (ValueError, RecursionError) as problem:
-        raise ConfigError(f"{file}: not JSON in UTF-8 ({problem})") from None
-    if not isinstance(entries, list):
-        raise ConfigError(f"{file}: holds a JSON {type(entries).__name__}, expected a list of modules")
+    entries = read_json(file, ConfigError, list)
     for position, entry in enumerate(entries):
         if not isinstance(entry, dict) or not {"type", "path"} <= set(entry):
             raise ConfigError(f"{file}: entry {position} is {_show(entry)}, expected a module's type and path")
@@ -190,7 +176,7 @@ def _is_inside(path: str) -> bool:
 
 
 def _read_pooling(file: Path) -> tuple[tuple[str, ...], bool]:
-    config = read_json_object(file)
+    config = read_json(file, ConfigError)
     sizes = ("word_embedding_dimension", "embedding_dimension")
     _refuse_unknown(file, config, {*sizes, "pooling_mode", "include_prompt", *_POOLING_FLAGS})
     for name in sizes:
@@ -214,7 +200,7 @@ def _check_modes(where: str, modes: Any) -> tuple[str, ...]:
 
 def _read_dense(folder: Path) -> DenseSpec:
     file = folder / "config.json"
-    config = read_json_object(file)
+    config = read_json(file, ConfigError)
     names = {"module_input_name", "module_output_name"}
     _refuse_unknown(
         file, config, {"in_features", "out_features", "bias", "activation_function", "use_residual", *names}
@@ -241,7 +227,7 @@ def _read_normalize(folder: Path) -> None:
     """Normalize has no settings of its own, and often no folder."""
     file = folder / "config.json"
     if file.exists():
-        config = read_json_object(file)
+        config = read_json(file, ConfigError)
         _refuse_unknown(file, config, {"module_input_name", "module_output_name"})
         _refuse_renamed(file, config)
 
@@ -249,7 +235,7 @@ def _read_normalize(folder: Path) -> None:
 def _settings(folder: Path) -> dict[str, Any]:
     """The transformer module's settings that matter here: of the first of the files that says anything."""
     files = [folder / name for name in _SETTINGS_FILES if (folder / name).exists()]
-    file, config = next(((file, config) for file in files if (config := read_json_object(file))), (None, {}))
+    file, config = next(((file, config) for file in files if (config := read_json(file, ConfigError))), (None, {}))
     if file is None:
         return {}
     _refuse_unknown(file, config, {*_PLAIN_SETTINGS, *_OTHER_SETTINGS})
@@ -264,7 +250,7 @@ def _top_settings(file: Path) -> dict[str, Any]:
     """Prompts and truncation; the file is optional."""
     if not file.exists():
         return {}
-    config = read_json_object(file)
+    config = read_json(file, ConfigError)
     model_type = config.get("model_type", "SentenceTransformer")
     if model_type != "SentenceTransformer":
         raise ConfigError(

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from bertjax.errors import BertjaxError, SourceError, TokenizerError
+from bertjax.json_files import read_json
 
 BERT_TOKENS = {
     "unk_token": "[UNK]",
@@ -76,15 +77,7 @@ def _read_text(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; {} when there is no such file."""
-    if not os.path.isfile(path):
-        return {}
-    try:
-        content = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path}: a JSON object is needed, not {type(content).__name__}")
-    return content
+    return read_json(path, TokenizerError) if os.path.isfile(path) else {}
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -56,6 +56,22 @@ def random_model(config: BertConfig, **options) -> BertModel:
     return nnx.merge(graphdef, jax.tree.map_with_path(draw, nnx.to_pure_dict(state)))
 
 
+def compiles(call) -> int:
+    """How many programs JAX compiles during a call."""
+    seen = []
+
+    def listen(event: str, *_, **__) -> None:
+        if "backend_compile" in event:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        call()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    return len(seen)
+
+
 WORDS = "the a cat dog sat on under mat tree and ran fast slow ##ly ##s . , ! ? he she it is was".split()
 
 

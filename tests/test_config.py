@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from oracle import require
 
 from bertjax import BertConfig
-from bertjax.config import ACTIVATIONS, PRESETS, read_json_object
+from bertjax.config import ACTIVATIONS, PRESETS
 from bertjax.errors import CheckpointError, ConfigError, SourceError
+from bertjax.json_files import read_json
 from bertjax.pretrained import abstract_model
 
 WRITTEN = {path.stem: json.loads(path.read_text()) for path in sorted((DATA / "configs").glob("*.json"))}
@@ -210,7 +211,7 @@ def test_a_missing_or_enormous_file_is_refused(tmp_path):
     with open(tmp_path / "index.json", "wb") as file:
         file.truncate(1 << 40)  # sparse: it takes no space
     with pytest.raises(CheckpointError, match=r"index.json: larger than"):
-        read_json_object(tmp_path / "index.json", CheckpointError)
+        read_json(tmp_path / "index.json", CheckpointError)
 
 
 def test_golden_configurations_are_read():

@@ -2,10 +2,9 @@ import dataclasses
 import itertools
 import warnings
 
-import jax
 import numpy as np
 import pytest
-from conftest import WORDS, random_model
+from conftest import WORDS, compiles, random_model
 from flax import nnx
 from oracle import require
 
@@ -25,18 +24,6 @@ def encoder(sentence_folder) -> SentenceEncoder:
 def some_texts(count, seed=0, longest=60):
     rng = np.random.default_rng(seed)
     return [" ".join(rng.choice(PLAIN_WORDS, rng.integers(0, longest))) for _ in range(count)]
-
-
-def compiles(call) -> int:
-    seen = []
-    jax.monitoring.register_event_duration_secs_listener(
-        listener := lambda event, *_, **__: seen.append(event) if "backend_compile" in event else None
-    )
-    try:
-        call()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    return len(seen)
 
 
 def test_a_texts_vector_does_not_depend_on_its_company_or_place(encoder):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import random_model, tolerance
+from conftest import compiles, random_model, tolerance
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from oracle import require
@@ -290,20 +290,8 @@ def test_works_with_nnx_transforms():
 def test_a_second_call_compiles_nothing():
     model, ids = tiny(), random_ids((2, 9))
     model(ids)
-    assert _compiles(lambda: model(random_ids((2, 9), seed=1))) == 0
-    assert _compiles(lambda: model(random_ids((2, 10)))) > 0  # the counter does count
-
-
-def _compiles(call) -> int:
-    counts = []
-    jax.monitoring.register_event_duration_secs_listener(
-        listener := lambda event, *_, **__: counts.append(event) if "backend_compile" in event else None
-    )
-    try:
-        call()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    return len(counts)
+    assert compiles(lambda: model(random_ids((2, 9), seed=1))) == 0
+    assert compiles(lambda: model(random_ids((2, 10)))) > 0  # the counter does count
 
 
 def test_named_parameters_of_bert_base_and_large():

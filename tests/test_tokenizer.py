@@ -440,10 +440,10 @@ def test_files_that_are_not_there(tmp_path):
 # The JSON files beside it
 
 BAD_FILES = {
-    "config is no JSON": ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: not JSON"),
-    "config is deep": ({"tokenizer_config.json": "[" * 100_000}, r"tokenizer_config\.json: not JSON"),
-    "config is a list": ({"tokenizer_config.json": []}, r"tokenizer_config\.json: a JSON object is needed, not list"),
-    "config is latin-1": ({"tokenizer_config.json": b'{"a": "\xe9"}'}, r"tokenizer_config\.json: line 1 is not UTF-8"),
+    "config is no JSON": ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: not valid JSON"),
+    "config is deep": ({"tokenizer_config.json": "[" * 100_000}, r"tokenizer_config\.json: not valid JSON"),
+    "config is a list": ({"tokenizer_config.json": []}, r"tokenizer_config\.json: holds a JSON list, expected an object"),
+    "config is latin-1": ({"tokenizer_config.json": b'{"a": "\xe9"}'}, r"tokenizer_config\.json: not UTF-8 text"),
     "flag": ({"tokenizer_config.json": {"do_lower_case": "yes"}}, "do_lower_case must be true or false, not 'yes'"),
     "null flag": ({"tokenizer_config.json": {"tokenize_chinese_chars": None}}, "tokenize_chinese_chars must be"),
     "limit": ({"tokenizer_config.json": {"model_max_length": "512"}}, "model_max_length must be a positive number"),
@@ -458,7 +458,7 @@ BAD_FILES = {
     "null token": ({"tokenizer_config.json": {"pad_token": None}}, "pad_token is None"),
     "template": ({"added_tokens.json": {"[C:]": 145}, "tokenizer_config.json": {"cls_token": "[C:]"}}, "Cannot build"),
     "extra": ({"tokenizer_config.json": {"additional_special_tokens": "x"}}, "extra_special_tokens must be a list"),
-    "added": ({"added_tokens.json": ["x"]}, r"added_tokens\.json: a JSON object is needed"),
+    "added": ({"added_tokens.json": ["x"]}, r"added_tokens\.json: holds a JSON list, expected an object"),
     "added without id": ({"added_tokens.json": {"[X]": None}}, r"added_tokens\.json: an added token's id must be"),
     "added with a gap": ({"added_tokens.json": {"[X]": 999}}, r"'\[X\]' is declared with id 999, .* puts it at 145"),
     "added elsewhere": ({"added_tokens.json": {"the": 7}}, "'the' is declared with id 7, but"),

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from bertjax.config import read_json_object
 from bertjax.errors import CheckpointError, SourceError
+from bertjax.json_files import read_json
 
 #: Safetensors' dtype names, in the order in which the safetensors library lays dtypes out in a file (it begins with the
 #: last). What is not here (8-bit floats, packed and unsigned integers) has no place in a BERT checkpoint.
@@ -144,7 +144,7 @@ def inside(folder: Path, name: str | Path) -> Path:
 def _open_shards(folder: Path) -> WeightFiles:
     """Reads a sharded checkpoint; the index and the shards must agree both ways."""
     index = folder / INDEX_FILE
-    weight_map = read_json_object(index, CheckpointError).get("weight_map")
+    weight_map = read_json(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map' object")
     listed = defaultdict(set)
