@@ -7,6 +7,7 @@ vectors are compared before anything is timed. Texts are the lines of a file, or
 language reference, which everybody has.
 """
 
+import importlib.util
 import os
 import tempfile
 import time
@@ -165,6 +166,8 @@ def report(found: dict) -> str:
 @click.option("--save", "name", help="Write the result to benchmarks/results under this name.")
 def main(model: str, file: Path | None, source: str, count: int, rounds: int, dtype: str, name: str | None) -> None:
     """Compares bertjax with sentence-transformers on MODEL, a local folder."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise click.ClickException("sentence-transformers is needed for the comparison: pip install -e '.[bench]'")
     texts = read_texts(file, count)
     with tempfile.TemporaryDirectory() as folder:
         throughput = measure_throughput(model, dtype, texts, rounds, Path(folder))

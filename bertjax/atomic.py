@@ -18,13 +18,14 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     Raises:
         SourceError: the folder does not exist, or can't be written.
     """
-    target = Path(target)
+    # Resolved, so that a link to a file stays a link.
+    target = Path(os.path.realpath(target))
     with _named(target):
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)
     temporary = Path(name)
     try:
-        with _named(target):
+        with _named(target, temporary):
             yield temporary
             _share(temporary, 0o666)
             _flush(temporary)
@@ -52,7 +53,7 @@ def atomic_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     try:
-        with _named(target):
+        with _named(target, temporary):
             yield temporary
             _share(temporary, 0o777)
             for path in [*temporary.rglob("*"), temporary]:
@@ -74,7 +75,9 @@ def _check_replaceable(target: Path, force: bool) -> None:
     if not entries:
         return
     if not force:
-        raise SourceError(f"{target}: already exists; choose another folder, or replace it with force")
+        raise SourceError(
+            f"{target}: already exists; choose another folder, or replace it with force=True (or --force)"
+        )
     names = {path.name for path in entries}
     strange = sorted(path.name for path in entries if path.is_dir() and not re.match(r"\d_", path.name))
     if "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names) or strange:
@@ -117,10 +120,11 @@ def _flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
+def _named(target: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes an OSError one that names the target, not the temporary file, which is gone when it is read."""
     try:
         yield
-    except SourceError:  # an OSError that already says what it is about
-        raise
+    except SourceError as problem:  # an OSError that already says what it is about
+        raise SourceError(str(problem).replace(str(temporary), str(target))) from None
     except OSError as problem:
         raise SourceError(f"{target}: can't be written ({problem.strerror or problem})") from None

@@ -1,9 +1,13 @@
 """The `bertjax` command."""
 
-import io
+import codecs
+import contextlib
+import errno
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +36,24 @@ def _hub_options(command: Callable) -> Callable:
     return command
 
 
-class _Group(click.Group):
+class _Command(click.Command):
     """Reports errors in one line, with a traceback only on request."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        # Ended by a signal, a command still removes its temporary files, which an unhandled signal would leave.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             return super().invoke(ctx)
-        except BertjaxError as error:
-            if ctx.params.get("debug"):
+        except (BertjaxError, OSError) as error:
+            # A reader that stops reading, such as `head`, is no error; click ends the process quietly.
+            if ctx.find_root().params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             raise click.ClickException(" ".join(str(error).split("\n"))) from None
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
@@ -57,7 +66,7 @@ def main(debug: bool) -> None:
     """
 
 
-@main.command()
+@main.command(cls=_Command, short_help="Turn texts into vectors.")
 @click.option("-m", "--model", required=True, metavar="MODEL", help=_MODEL_HELP)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Where to write "
               "the vectors: .npy (a float32 array, a row a text) or .jsonl (a line a text). Default: JSON lines on "
@@ -65,14 +74,15 @@ def main(debug: bool) -> None:
 @click.option("-f", "--field", metavar="NAME", help="Read JSON lines, and take the text from this field.")
 @click.option("-t", "--text", "given", multiple=True, metavar="TEXT", help="A text to embed, instead of a file. "
               "Repeatable.")  # fmt: skip
-@click.option("--prompt", metavar="TEXT", help="Put this before every text.")
+@click.option("--prompt", metavar="TEXT", help="Put this before every text; it wins over --prompt-name.")
 @click.option("--prompt-name", metavar="NAME", help="Put this one of the model's own prompts before every text.")
-@click.option("--pooling", multiple=True, metavar="MODE", help="How token vectors become one: mean, cls, max, ... "
-              "Needed where the model does not say. Repeatable; several are concatenated.")  # fmt: skip
+@click.option("--pooling", multiple=True, metavar="MODE", help="How token vectors become one: cls, max, mean, "
+              "mean_sqrt_len_tokens, weightedmean or lasttoken. Needed where the model does not say. Repeatable: the "
+              "vectors are concatenated.")  # fmt: skip
 @click.option("--normalize", is_flag=True, help="Scale the vectors to unit length.")
 @click.option("--truncate-dim", type=click.IntRange(1), metavar="N", help="Keep only the first N numbers.")
-@click.option("--max-seq-length", type=click.IntRange(1), metavar="N", help="Cut texts at N tokens. Default: the "
-              "model's limit.")  # fmt: skip
+@click.option("--max-seq-length", type=click.IntRange(1), metavar="N", help="Cut texts at N tokens, at most as "
+              "many as the model has positions. Default: the model's own limit.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
               help="Precision of the matrix products; sums and vectors are float32.")  # fmt: skip
 @click.option("--tokenizer-normalizer", type=click.Choice(["tokenizer.json", "tokenizer_config.json"]), help="Which "
@@ -95,7 +105,9 @@ def embed(
     """Turns texts into vectors, one a line of FILES, in order.
 
     FILES are text files with one text a line (a blank line is an empty text) or, with --field, JSON lines. Without
-    FILES or --text, or for the file "-", texts come from standard input. The output appears whole or not at all.
+    FILES or --text, or for the file "-", texts come from standard input. A file named by -o appears whole or not at
+    all. JSON lines are arrays of numbers, one a text. The line on standard error at the end counts tokens with
+    [CLS] and [SEP]; fill is the share of computed positions that were not padding.
 
     \b
     bertjax embed -m MODEL texts.txt -o vectors.npy
@@ -106,12 +118,18 @@ def embed(
     # Everything that can be refused without loading a model is refused first.
     if given and files:
         raise click.UsageError("pass texts with --text, or files, not both")
+    if given and field is not None:
+        raise click.UsageError("--field applies to files and standard input, not to --text")
     if output is not None and output.suffix not in (".npy", ".jsonl"):
         raise click.UsageError(f"-o {output}: expected a name that ends in .npy or .jsonl")
-    missing = [file for file in files if str(file) != "-" and not file.is_file()]
-    if missing:
-        raise SourceError(f"{missing[0]}: no such file; to embed a text given here, use --text")
-    if not given and not files and sys.stdin.isatty():
+    if output is not None and not output.parent.is_dir():
+        raise SourceError(f"{output}: can't be written (there is no folder {output.parent})")
+    for file in files:
+        if str(file) != "-" and not file.exists():
+            raise SourceError(f"{file}: no such file; to embed a text given here, use --text")
+        if file.is_dir():
+            raise SourceError(f"{file}: is a folder, expected a file of texts")
+    if not given and not files and (sys.stdin is None or sys.stdin.isatty()):
         raise click.UsageError("no texts: name files, pass --text, or pipe texts in")
     from bertjax.embedder import SentenceEncoder
 
@@ -126,7 +144,7 @@ def embed(
     _write_vectors(_report(windows), encoder.output_dimension(truncate_dim), output)
 
 
-@main.command()
+@main.command(cls=_Command, short_help="Show what a model is.")
 @click.argument("model")
 @click.option("--parameters", "list_parameters", is_flag=True, help="List every parameter with its shape.")
 @_hub_options
@@ -137,7 +155,7 @@ def info(model: str, **options: Any) -> None:
     click.echo(describe(model, **options))
 
 
-@main.command()
+@main.command(cls=_Command, short_help="Read a checkpoint, check it, write it as a Hugging Face folder.")
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Cast the weights. Default: keep "
@@ -157,6 +175,8 @@ def convert(source: str, target: Path, **options: Any) -> None:
 
     plan = convert_checkpoint(source, target, **options)
     click.echo(plan.summary())
+    if options["dtype"] is not None:
+        click.echo(f"cast     the encoder's tensors to {options['dtype']}")
     click.echo(f"written  {target}")
 
 
@@ -165,34 +185,40 @@ def _read_texts(files: Iterable[Path], field: str | None) -> Iterator[str]:
     for file in files:
         name = "standard input" if str(file) == "-" else str(file)
         with _open(file) as lines:
-            try:
-                for number, line in enumerate(lines, start=1):
-                    text = line.rstrip("\r\n")
-                    yield text if field is None else _field(text, field, f"{name}:{number}")
-            except UnicodeDecodeError as problem:
-                raise InputError(f"{name}: not UTF-8 text ({problem})") from None
+            # Bytes are split at line feeds only; str would split at form feeds and other rare characters as well.
+            for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                yield _text(line.rstrip(b"\r\n"), field, f"{name}:{number}")
 
 
-def _open(file: Path) -> io.TextIOWrapper:
-    # Only line feeds end a text: str.splitlines would also split at form feeds and other rare characters.
+def _open(file: Path) -> AbstractContextManager[Iterable[bytes]]:
     if str(file) == "-":
-        return io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", newline="\n")
+        return contextlib.nullcontext(sys.stdin.buffer)
     try:
-        return open(file, encoding="utf-8", newline="\n")
+        return open(file, "rb")
     except OSError as problem:
         raise SourceError(f"{file}: can't be read ({problem.strerror})") from None
 
 
-def _field(line: str, field: str, where: str) -> str:
+def _text(line: bytes, field: str | None, where: str) -> str:
+    """The text of one line of input."""
     try:
-        record = json.loads(line)
+        text = line.decode()
+        if field is None:
+            return text
+        record = json.loads(text)
+    except UnicodeDecodeError as problem:
+        raise InputError(f"{where}: not UTF-8 text ({problem.reason} at byte {problem.start} of the line)") from None
     except (ValueError, RecursionError) as problem:
         raise InputError(f"{where}: not a line of JSON ({problem})") from None
     if not isinstance(record, dict) or field not in record:
         raise InputError(f"{where}: a JSON object with a field {field!r} was expected")
-    if not isinstance(record[field], str):
-        raise InputError(f"{where}: field {field!r} is {json.dumps(record[field])[:80]}, expected a text")
-    return record[field]
+    found = record[field]
+    # JSON can spell half of a surrogate pair, which is no text.
+    if not isinstance(found, str) or any("\ud800" <= character <= "\udfff" for character in found):
+        raise InputError(f"{where}: field {field!r} is {json.dumps(found)[:80]}, expected a text")
+    return found
 
 
 def _write_vectors(windows: Iterator[Any], dimension: int, output: Path | None) -> None:
@@ -246,4 +272,4 @@ def _report(windows: Iterable[Any]) -> Iterator[Any]:
             truncated += int(window.truncated.sum())
             positions += window.positions
     fill = f"{tokens / positions:.1%} fill" if positions else "no positions"
-    click.echo(f"{texts:,} texts, {tokens:,} tokens, {fill}, {truncated:,} texts truncated", err=True)
+    click.echo(f"{texts:,} text(s), {tokens:,} tokens, {fill}, {truncated:,} truncated", err=True)

@@ -206,21 +206,16 @@ def _problems(config: BertConfig) -> list[str]:
 
 def _value_problems(values: Mapping[str, Any]) -> list[str]:
     """Everything wrong with the given fields; those that are absent keep their (sound) default."""
-    problems = [
-        f"{name}={reprlib.repr(values[name])}: {expected}"
-        for name, (accepts, expected) in _CHECKS.items()
-        if name in values and not accepts(values[name])
-    ]
-    if problems:  # the relations below mean nothing between values that are themselves unusable
-        return problems
+    bad = {name for name, (accepts, _) in _CHECKS.items() if name in values and not accepts(values[name])}
+    problems = [f"{name}={reprlib.repr(values[name])}: {_CHECKS[name][1]}" for name in _CHECKS if name in bad]
     full = {name: values.get(name, field.default) for name, field in _FIELDS.items()}
-    if full["hidden_size"] % full["num_attention_heads"]:
-        problems.append(
-            f"hidden_size={full['hidden_size']} is not divisible by num_attention_heads={full['num_attention_heads']}"
-        )
-    pad = full["pad_token_id"]
-    if pad is not None and pad >= full["vocab_size"]:
-        problems.append(f"pad_token_id={pad} is outside the vocabulary of {full['vocab_size']}")
+    # A relation means nothing where one of its sides is itself unusable.
+    hidden, heads = full["hidden_size"], full["num_attention_heads"]
+    if bad.isdisjoint({"hidden_size", "num_attention_heads"}) and hidden % heads:
+        problems.append(f"hidden_size={hidden} is not divisible by num_attention_heads={heads}")
+    pad, vocab = full["pad_token_id"], full["vocab_size"]
+    if bad.isdisjoint({"pad_token_id", "vocab_size"}) and pad is not None and pad >= vocab:
+        problems.append(f"pad_token_id={pad} is outside the vocabulary of {vocab}")
     return problems
 
 

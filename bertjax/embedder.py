@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from bertjax.packing import PackedBatch, Shapes, max_segments, pack
 from bertjax.sentence import SentenceModel
 from bertjax.sentence_files import SentenceSpec
 from bertjax.tokenizer import Tokenizer, Tokens
+
+logger = logging.getLogger(__name__)
 
 # Tokens in one step. On a CPU a step has to be large enough for full-size matmuls and small enough that what passes
 # between them stays in the cache; an accelerator wants more work per launch.
@@ -73,10 +76,12 @@ class SentenceEncoder:
         special = tokenizer.num_special_tokens(pair=False)
         if min(limits) < special:
             raise ConfigError(f"at most {min(limits)} tokens leave no room for the {special} special tokens")
+        if limits[0] > positions:
+            logger.warning("texts are cut at the model's %d positions, not at %d tokens", positions, limits[0])
         self.model = model
         self.tokenizer = tokenizer
         self.spec = spec
-        self.max_seq_length = min(limits)
+        self._max_seq_length = min(limits)
         self._step_tokens = step_tokens
 
     @classmethod
@@ -85,6 +90,11 @@ class SentenceEncoder:
         from bertjax.pretrained import load_sentence_encoder
 
         return load_sentence_encoder(path_or_hub_id, **options)
+
+    @property
+    def max_seq_length(self) -> int:
+        """The longest text in tokens; longer ones lose their end. Chosen when the encoder is loaded."""
+        return self._max_seq_length
 
     @functools.cached_property
     def shapes(self) -> Shapes:
@@ -107,7 +117,7 @@ class SentenceEncoder:
         Args:
             texts: texts: a list, a generator, or a single text. The empty text is a text.
             prompt_name: name of one of the model's prompts, put before every text.
-            prompt: a prompt of your own, put before every text.
+            prompt: a prompt of your own, put before every text; it wins over `prompt_name`.
             normalize_embeddings: scale the vectors to unit length, after any truncation.
             truncate_dim: keep only that many leading numbers; default: the model's own setting.
             show_progress_bar: default: on a terminal, when it takes more than two seconds.
@@ -148,32 +158,37 @@ class SentenceEncoder:
     ) -> Iterator[EncodedWindow]:
         """Computes vectors as a stream, for more texts than fit in memory; see `encode` for the arguments.
 
-        The next window is tokenized while the device still works on the last.
+        The next window is tokenized while the device still works on the last. Where `texts` itself fails, or holds
+        something that is not a text, the windows before it are given first and the error is raised then.
         """
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
             raise InputError(f"texts is a {type(texts).__name__}, expected a list or another iterable of str")
         prompt = self._prompt(prompt_name, prompt)
         dim = self.output_dimension(truncate_dim)
-        running = None
-        for tokens in self._windows(texts, prompt):
-            started = self._start(tokens, prompt)
-            if running is not None:
-                yield _finish(*running, dim, normalize_embeddings)
-            running = tokens, started
-        if running is not None:
-            yield _finish(*running, dim, normalize_embeddings)
+        running: list[Any] = []
+        try:
+            for tokens in self._windows(texts, prompt):
+                running.append((tokens, self._start(tokens, prompt)))
+                if len(running) > 1:
+                    yield _finish(*running.pop(0), dim, normalize_embeddings)
+        except Exception:
+            for window in running:
+                yield _finish(*window, dim, normalize_embeddings)
+            raise
+        for window in running:
+            yield _finish(*window, dim, normalize_embeddings)
 
     def tokenize(self, texts: Iterable[str], *, length: int | None = None) -> dict[str, np.ndarray]:
         """Tokenizes texts for `self.model`, a text a row; no prompt is added.
 
         Args:
-            texts: texts.
+            texts: a list or another iterable of texts; not a single text.
             length: length of the rows; default: that of the longest text.
 
         Returns:
             input_ids, attention_mask and token_type_ids, each int32 [texts, length].
         """
-        return self.tokenizer(list(texts), max_length=self.max_seq_length).padded(length)
+        return self.tokenizer(texts, max_length=self.max_seq_length).padded(length)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Writes a sentence-transformers folder; see `bertjax.pretrained.save_sentence_encoder`."""
@@ -187,13 +202,18 @@ class SentenceEncoder:
         parts: list[Tokens] = []
         position = size = 0
         iterator = iter(texts)
-        while chunk := list(itertools.islice(iterator, _TOKENIZE_TEXTS)):
-            parts.append(self._tokenize_chunk(chunk, prompt, position))
-            position += len(chunk)
-            size += sum(map(len, parts[-1].input_ids))
-            if size >= budget or sum(map(len, parts)) >= _WINDOW_TEXTS:
+        try:
+            while chunk := list(itertools.islice(iterator, _TOKENIZE_TEXTS)):
+                parts.append(self._tokenize_chunk(chunk, prompt, position))
+                position += len(chunk)
+                size += sum(map(len, parts[-1].input_ids))
+                if size >= budget or sum(map(len, parts)) >= _WINDOW_TEXTS:
+                    yield _join(parts)
+                    parts, size = [], 0
+        except Exception:
+            if parts:
                 yield _join(parts)
-                parts, size = [], 0
+            raise
         if parts:
             yield _join(parts)
 
@@ -220,13 +240,17 @@ class SentenceEncoder:
 
     def _prompt(self, name: str | None, prompt: str | None) -> str:
         if prompt is not None:
+            if not isinstance(prompt, str):
+                raise InputError(f"prompt is {prompt!r}, expected a text")
             return prompt
         name = self.spec.default_prompt_name if name is None else name
         if name is None:
             return ""
         if name not in self.spec.prompts:
             known = ", ".join(map(repr, self.spec.prompts)) or "none"
-            raise InputError(f"prompt_name {name!r} is not one of the model's prompts ({known}); pass prompt= instead")
+            raise InputError(
+                f"prompt_name {name!r} is not one of the model's prompts ({known}); pass prompt= (or --prompt)"
+            )
         return self.spec.prompts[name]
 
     def _prompt_length(self, prompt: str) -> int:
@@ -241,8 +265,8 @@ class SentenceEncoder:
         full = self.model.embedding_dimension
         if truncate_dim is None:
             return min(self.spec.truncate_dim or full, full)
-        if not 1 <= truncate_dim <= full:
-            raise InputError(f"truncate_dim is {truncate_dim}, the vectors have {full} numbers")
+        if not isinstance(truncate_dim, int) or not 1 <= truncate_dim <= full:
+            raise InputError(f"truncate_dim is {truncate_dim!r}, the vectors have {full} numbers")
         return truncate_dim
 
 

@@ -55,6 +55,8 @@ def resolve(
     Raises:
         SourceError: there is no such folder or repository, or the Hub can't be reached.
     """
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise SourceError(f"{path_or_hub_id!r:.80} is not the name of a model; expected a folder or a Hub repository")
     folder = Path(path_or_hub_id).expanduser()
     if not os.fspath(path_or_hub_id):
         raise SourceError("the name of the model is empty; expected a folder or a repository on the Hub")
@@ -66,7 +68,7 @@ def resolve(
     if folder.exists():
         raise SourceError(f"{folder}: is a file, expected a folder with config.json and the weights")
     if isinstance(path_or_hub_id, Path) or not _REPOSITORY.fullmatch(name) or ".." in name or name.startswith("."):
-        raise SourceError(f"{name}: no such folder")
+        raise SourceError(f"{name}: no such folder (and not the name of a repository, like organisation/model)")
     return _snapshot(name, revision, token, cache_dir, local_files_only)
 
 
@@ -101,7 +103,7 @@ def _snapshot(
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise SourceError(
             f"{name}{at}: no such folder, not in the cache of the Hub, and the Hub can't be asked; "
-            "check the name and the connection, or pass a local folder"
+            "check the name and the connection, whether offline mode is on, or pass a local folder"
         ) from None
     except errors.HFValidationError as problem:
         raise SourceError(f"{name}: not a repository's name ({problem})") from None

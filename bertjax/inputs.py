@@ -50,6 +50,8 @@ def check_inputs(
             f"input_ids is {ids.shape[1]} tokens long, the model has {config.max_position_embeddings} positions; "
             "truncate the text or split it"
         )
+    if position_ids is None and segment_ids is not None:
+        _check_segment_lengths(_as_array("segment_ids", segment_ids), config.max_position_embeddings)
     mask = None if attention_mask is None else _check_mask(attention_mask, ids.shape)
     return {
         "input_ids": _check_ids("input_ids", ids, ids.shape, config.vocab_size),
@@ -82,7 +84,7 @@ def _check_ids(name: str, value: Any, shape: tuple[int, ...], limit: int) -> jax
     _same_shape(name, array, shape)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise InputError(f"{name} has dtype {array.dtype}, expected integers")
-    if not isinstance(array, jax.core.Tracer):
+    if _has_values(array):
         host = np.asarray(array)
         _refuse_first(name, host, (host < 0) | (host >= limit), f"outside 0..{limit - 1}")
     return jnp.asarray(array, jnp.int32)
@@ -91,13 +93,38 @@ def _check_ids(name: str, value: Any, shape: tuple[int, ...], limit: int) -> jax
 def _check_mask(value: Any, shape: tuple[int, ...]) -> jax.Array:
     mask = _as_array("attention_mask", value)
     _same_shape("attention_mask", mask, shape)
-    if not isinstance(mask, jax.core.Tracer):
+    if isinstance(mask, jax.core.Tracer) and jnp.issubdtype(mask.dtype, jnp.floating):
+        # It may be one to be added to the scores, 0 where a token is seen: the opposite of what is meant here.
+        raise InputError(f"attention_mask has dtype {mask.dtype}; inside jit pass 0/1 as bool or as integers")
+    if _has_values(mask):
         host = np.asarray(mask)
         _refuse_first("attention_mask", host, (host != 0) & (host != 1), "neither 0 nor 1")
         empty = ~(host != 0).any(axis=1)
         if empty.any():
             raise InputError(f"attention_mask row {int(empty.argmax())} is all padding; leave such rows out")
     return jnp.asarray(mask, bool)
+
+
+def _has_values(array: Any) -> bool:
+    """Whether an array can be looked into: it is not being traced, and all of it is on this process's devices."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
+def _check_segment_lengths(segments: Any, positions: int) -> None:
+    """Refuses a segment that is longer than the model has positions."""
+    if segments.ndim != 2 or not _has_values(segments):
+        return
+    host = np.asarray(segments)
+    if host.shape[1] > positions:
+        # A run of more than `positions` equal ids: equal ends, and no change in between.
+        changes = np.cumsum(host[:, 1:] != host[:, :-1], axis=1)
+        changes = np.pad(changes, ((0, 0), (1, 0)))
+        too_long = (changes[:, positions:] == changes[:, :-positions]) & (host[:, positions:] != 0)
+        if too_long.any():
+            row, column = (int(i) for i in np.argwhere(too_long)[0])
+            raise InputError(
+                f"segment_ids: the segment at [{row}, {column}] is longer than the model's {positions} positions"
+            )
 
 
 def _refuse_first(name: str, host: np.ndarray, bad: np.ndarray, why: str) -> None:

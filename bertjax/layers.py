@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bertjax.attention import attend, matmul_precision
 from bertjax.config import BertConfig
@@ -69,9 +70,18 @@ def linear(
         param_dtype=param_dtype,
         precision=matmul_precision(dtype),
         preferred_element_type=jnp.float32,
+        promote_dtype=_to_matmul_dtypes,
         kernel_init=nnx.initializers.truncated_normal(initializer_range),
         rngs=rngs,
     )
+
+
+def _to_matmul_dtypes(
+    operands: tuple[jax.Array, jax.Array, jax.Array | None], *, dtype: DType
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """What a dense layer's input, kernel and bias are cast to: the bias is added to the float32 result."""
+    x, kernel, bias = operands
+    return x.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(jnp.float32)
 
 
 def _layer_norm(config: BertConfig, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -91,6 +101,17 @@ def _layer_norm(config: BertConfig, param_dtype: DType, rngs: nnx.Rngs) -> nnx.L
 
 def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return nnx.Dropout(rate, deterministic=key is None)(x, rngs=key)
+
+
+def _look_up(table: nnx.Embed, ids: jax.Array) -> jax.Array:
+    """Maps int [batch, length] to [batch, length, hidden], laid out over devices as the ids are.
+
+    On a mesh whose axes are explicit, JAX does not choose the layout of a gather's result but wants to be told.
+    """
+    sharding = jax.typeof(ids).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return table(ids)
+    return table(ids, out_sharding=NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec, None)))
 
 
 def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
@@ -125,9 +146,9 @@ class BertEmbeddings(nnx.Module):
     ) -> jax.Array:
         """Maps ids, each int [batch, length], to float32 [batch, length, hidden]."""
         # Rows are cast after they are looked up: casting the tables would touch every row of the vocabulary.
-        words = self.word_embeddings(input_ids).astype(jnp.float32)
-        types = self.token_type_embeddings(token_type_ids).astype(jnp.float32)
-        positions = self.position_embeddings(position_ids).astype(jnp.float32)
+        words = _look_up(self.word_embeddings, input_ids).astype(jnp.float32)
+        types = _look_up(self.token_type_embeddings, token_type_ids).astype(jnp.float32)
+        positions = _look_up(self.position_embeddings, position_ids).astype(jnp.float32)
         return _dropout(self.layer_norm(words + types + positions), self.dropout_rate, dropout_key)
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from bertjax.config import BertConfig
-from bertjax.errors import ConfigError
+from bertjax.errors import ConfigError, InputError
 from bertjax.inputs import check_inputs
 from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
 
@@ -81,7 +81,8 @@ class BertEncoder(nnx.Module):
             return y, (x if output_hidden_states else None, weights)
 
         if self.remat:
-            step = jax.checkpoint(step)
+            # Inside a scan nothing can be merged with the forward pass, so nothing has to be kept from it.
+            step = jax.checkpoint(step, prevent_cse=False)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
         last, (hidden, attentions) = lax.scan(step, x, (self.layers, keys), unroll=self.unroll)
         if output_hidden_states:
@@ -119,6 +120,8 @@ class BertModel(nnx.Module):
     ):
         dtype = check_dtype("dtype", dtype)
         param_dtype = check_dtype("param_dtype", param_dtype)
+        if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
+            raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
         self.config = config
         self.embeddings = BertEmbeddings(config, param_dtype=param_dtype, rngs=rngs)
         self.encoder = BertEncoder(config, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll, rngs=rngs)
@@ -220,7 +223,9 @@ def token_positions(inputs: dict[str, jax.Array | None]) -> jax.Array:
     if segment_ids is None:
         return index
     starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+    positions = index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+    # Padding may run on past the last position, and what is looked up there must at least be finite.
+    return jnp.where(segment_ids == 0, 0, positions)
 
 
 def _may_attend(input_ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
@@ -237,9 +242,15 @@ def functional(model: nnx.Module) -> tuple[Any, dict]:
     """Splits a model into a pure function and its parameters, for use inside a JAX program.
 
     Returns:
-        `apply` and `params`: `apply(params, *args, **kwargs)` computes `model(*args, **kwargs)`, has no side effects
-        and composes with `jit`, `grad`, `vmap` and `shard_map`; `params` is a nested dict of arrays.
+        `apply` and `params`: `apply(params, *args, **kwargs)` computes `model(*args, **kwargs)`, an array for a
+        `SentenceModel` and a `BertOutput` for a `BertModel`. It has no side effects and composes with `jit`, `grad`,
+        `vmap` (over an axis in front of the batch) and `shard_map`; `params` is a nested dict of arrays.
+
+    Raises:
+        InputError: `model` is not a module.
     """
+    if not isinstance(model, nnx.Module):
+        raise InputError(f"functional takes a model, not a {type(model).__name__}; of an encoder pass encoder.model")
     graphdef, state = nnx.split(model)
 
     def apply(params: dict, *args: Any, **kwargs: Any) -> Any:

@@ -56,7 +56,9 @@ def load_model(
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     prefix: str | None = None,
     ignore: Iterable[str] = (),
-    **hub_options: Any,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> BertModel:
     """Loads BERT's encoder from a folder or from the Hub.
 
@@ -75,18 +77,23 @@ def load_model(
             device.
         prefix: what stands before the encoder's tensor names, for a file that holds several encoders.
         ignore: unknown fields of config.json that the caller knows to have no effect on the encoder.
-        **hub_options: token, cache_dir, local_files_only; see `hub.resolve`.
+        token: see `hub.resolve`.
+        cache_dir: see `hub.resolve`.
+        local_files_only: see `hub.resolve`.
 
     Raises:
         SourceError: files are missing or can't be read or fetched.
         ConfigError: the configuration is not a BERT encoder's, or not usable.
         CheckpointError: the tensors do not form the model. One error names every problem.
     """
-    folder = hub.resolve(path_or_hub_id, revision=revision, **hub_options)
-    config = BertConfig.from_file(folder / "config.json", ignore=ignore)
+    folder = hub.resolve(
+        path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     dtype = check_dtype("dtype", dtype)
     param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
+    # The weights first: their format tells most plainly what a folder is.
     weights = files.open_weights(folder)
+    config = BertConfig.from_file(folder / "config.json", ignore=ignore)
     pooled = bert.has_pooler(weights, prefix) if add_pooling_layer is None else add_pooling_layer
     options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
     graphdef, shapes = abstract_model(config, add_pooling_layer=pooled, **options)
@@ -151,7 +158,9 @@ def convert_checkpoint(
     revision: str | None = None,
     prefix: str | None = None,
     ignore: Iterable[str] = (),
-    **hub_options: Any,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> bert.Plan:
     """Reads a checkpoint folder, maps it to bertjax's parameter tree, and writes it back as a Hugging Face folder.
 
@@ -166,7 +175,9 @@ def convert_checkpoint(
         revision: for the Hub: a branch, a tag or a commit.
         prefix: what stands before the encoder's tensor names, for a file that holds several encoders.
         ignore: unknown fields of config.json that the caller knows to have no effect on the encoder.
-        **hub_options: token, cache_dir, local_files_only; see `hub.resolve`.
+        token: see `hub.resolve`.
+        cache_dir: see `hub.resolve`.
+        local_files_only: see `hub.resolve`.
 
     Returns:
         What was mapped to what; `Plan.summary` prints it.
@@ -175,11 +186,11 @@ def convert_checkpoint(
         SourceError, ConfigError, CheckpointError: see `load_model`.
     """
     dtype = None if dtype is None else check_dtype("dtype", dtype)
-    folder = hub.resolve(source, revision=revision, **hub_options)
+    folder = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if folder.resolve().is_relative_to(os.path.realpath(target)):
         raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
-    config = BertConfig.from_file(folder / "config.json", ignore=ignore)
     weights = files.open_weights(folder)
+    config = BertConfig.from_file(folder / "config.json", ignore=ignore)
     _, shapes = abstract_model(config, add_pooling_layer=bert.has_pooler(weights, prefix))
     plan = bert.match(weights, shapes, prefix)
     with atomic_folder(target, force=force) as temporary:
@@ -213,7 +224,9 @@ def load_sentence_encoder(
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     tokenizer_normalizer: str | None = None,
     ignore: Iterable[str] = (),
-    **hub_options: Any,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> SentenceEncoder:
     """Loads a sentence-transformers folder, or any BERT folder if `pooling` says how to pool.
 
@@ -229,13 +242,22 @@ def load_sentence_encoder(
         sharding: see `load_model`.
         tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.
         ignore: see `load_model`.
-        **hub_options: token, cache_dir, local_files_only; see `hub.resolve`.
+        token: see `hub.resolve`.
+        cache_dir: see `hub.resolve`.
+        local_files_only: see `hub.resolve`.
 
     Raises:
         SourceError, ConfigError, CheckpointError: see `load_model`.
         TokenizerError: the tokenizer's files are malformed or contradict one another.
+        InputError: the vectors have fewer than `truncate_dim` numbers.
     """
-    folder = hub.resolve(path_or_hub_id, revision=revision, **hub_options)
+    folder = hub.resolve(
+        path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
+    if not (folder / "modules.json").exists():
+        # What is no BERT at all is told so, before anybody is asked how to pool it.
+        files.open_weights(folder)
+        BertConfig.from_file(folder / "config.json", ignore=ignore)
     spec = read_spec(folder, pooling)
     asked = {"max_seq_length": max_seq_length, "truncate_dim": truncate_dim}
     for name, value in asked.items():
@@ -262,7 +284,9 @@ def load_sentence_encoder(
         else:
             modules.append(Normalize())
     model = SentenceModel(bert_model, pooling=spec.pooling, include_prompt=spec.include_prompt, modules=tuple(modules))
-    return SentenceEncoder(model, tokenizer, spec, step_tokens=step_tokens)
+    encoder = SentenceEncoder(model, tokenizer, spec, step_tokens=step_tokens)
+    encoder.output_dimension(truncate_dim)  # refuses more numbers than there are; a folder may say more and mean all
+    return encoder
 
 
 def _load_dense(spec: DenseSpec, width: int, sharding: Any) -> Dense:

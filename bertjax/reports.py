@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from bertjax import hub
 from bertjax.config import BertConfig
 from bertjax.convert import bert, files, rules
+from bertjax.errors import InputError
 from bertjax.model import BertModel
 from bertjax.pretrained import abstract_model, parameters
 from bertjax.sentence_files import SentenceSpec, read_spec
@@ -18,8 +18,10 @@ from bertjax.sentence_files import SentenceSpec, read_spec
 def named_parameters(model: BertModel) -> dict[str, jax.ShapeDtypeStruct]:
     """Lists a model's parameters under their PyTorch names, with their PyTorch shapes and their dtypes.
 
-    Stacked arrays are listed layer by layer: BERT-base has 199 tensors.
+    Stacked arrays are listed layer by layer: BERT-base has 199 tensors. Raises `InputError` for another module.
     """
+    if not isinstance(model, BertModel):
+        raise InputError(f"expected a BertModel, not a {type(model).__name__}; of an encoder pass encoder.model.bert")
     arrays = dict(parameters(model))
     slots = rules.expand(bert.TABLE, {path: array.shape for path, array in arrays.items()})
     return {slot.name: jax.ShapeDtypeStruct(slot.shape, arrays[slot.path].dtype) for slot in slots}
@@ -40,7 +42,9 @@ def describe(
     list_parameters: bool = False,
     revision: str | None = None,
     ignore: Iterable[str] = (),
-    **hub_options: Any,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> str:
     """Says what a checkpoint is, from its configuration and its files' headers; no weights are read.
 
@@ -49,12 +53,16 @@ def describe(
         list_parameters: also list every tensor of the encoder.
         revision: for the Hub: a branch, a tag or a commit.
         ignore: see `load_model`.
-        **hub_options: token, cache_dir, local_files_only; see `hub.resolve`.
+        token: see `hub.resolve`.
+        cache_dir: see `hub.resolve`.
+        local_files_only: see `hub.resolve`.
 
     Raises:
         SourceError, ConfigError, CheckpointError: see `load_model`.
     """
-    folder = hub.resolve(path_or_hub_id, revision=revision, **hub_options)
+    folder = hub.resolve(
+        path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     spec = read_spec(folder) if (folder / "modules.json").exists() else None
     encoder = folder if spec is None else spec.transformer
     config = BertConfig.from_file(encoder / "config.json", ignore=ignore)

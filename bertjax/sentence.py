@@ -109,7 +109,7 @@ def pool(hidden: jax.Array, members: jax.Array, positions: jax.Array, modes: tup
         "max": maximum,
         "mean": lambda: mean(members_f32),
         "mean_sqrt_len_tokens": lambda: mean(members_f32, 0.5),
-        "weightedmean": lambda: mean(members_f32 * (at + 1)),
+        "weightedmean": lambda: mean(members_f32 * (at + 1).astype(jnp.float32)),
         "lasttoken": lambda: only(jnp.where(members, at, -1).max(-1)),
     }
     return jnp.concatenate([compute[mode]() for mode in modes], axis=-1)
@@ -210,12 +210,12 @@ def _vectors(
     segments, mask = inputs["segment_ids"], inputs["attention_mask"]
     members = jnp.ones((hidden.shape[0], 1, hidden.shape[1]), bool)
     if segments is not None:
-        members = segments[:, None, :] == jnp.arange(1, max_segments + 1)[:, None]
+        members = segments[:, None, :] == jnp.arange(1, max_segments + 1)[None, :, None]
     if mask is not None:
         members = members & mask[:, None, :]
     # Places are counted from a text's first token, wherever that is in its row: a caller's position_ids concern the
     # embeddings only, and padding may stand on the left.
-    places = jnp.arange(hidden.shape[1]) - members.argmax(-1, keepdims=True)
+    places = jnp.arange(hidden.shape[1])[None, None, :] - members.argmax(-1, keepdims=True)
     positions = jnp.where(members, places, 0).sum(1)
     if not model.include_prompt:
         members = members & (positions >= prompt_length)[:, None, :]

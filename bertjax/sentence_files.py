@@ -126,9 +126,12 @@ def read_spec(folder: Path, pooling: str | tuple[str, ...] | None = None) -> Sen
         if modes is None:
             raise ConfigError(
                 f"{folder}: no modules.json, so nothing says how token vectors become a text's vector; pass "
-                f"pooling= with one of {', '.join(POOLING_MODES)} (most such models were trained with 'mean' or 'cls')"
+                f"pooling= (or --pooling) with one of {', '.join(POOLING_MODES)}; most such models were trained with "
+                "'mean' or 'cls'"
             )
         return SentenceSpec(transformer=folder, pooling=_check_modes("pooling", modes), **_settings(folder))
+    # First, because it says most plainly what else a folder is, for instance a cross-encoder.
+    top_settings = _top_settings(folder / "config_sentence_transformers.json")
     (_, transformer), (_, pooling_folder), *rest = _modules(folder)
     found_modes, include_prompt = _read_pooling(pooling_folder / "config.json")
     return SentenceSpec(
@@ -137,7 +140,7 @@ def read_spec(folder: Path, pooling: str | tuple[str, ...] | None = None) -> Sen
         include_prompt=include_prompt,
         modules=tuple(_read_dense(path) if kind == "dense" else _read_normalize(path) for kind, path in rest),
         **_settings(transformer),
-        **_top_settings(folder / "config_sentence_transformers.json"),
+        **top_settings,
     )
 
 

@@ -1,7 +1,5 @@
 """`python -m convert SRC DST` from a checkout: the same as `bertjax convert SRC DST` once installed."""
 
-import sys
+from bertjax.cli import convert
 
-from bertjax.cli import main
-
-main(["convert", *sys.argv[1:]], prog_name="python -m convert")
+convert(prog_name="python -m convert")

@@ -1,7 +1,10 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -33,8 +36,8 @@ def test_embeds_a_file_into_an_array(sentence_folder, vectors, tmp_path):
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, vectors, rtol=0, atol=1e-6)
     assert result.stdout == ""
-    assert result.stderr.startswith("4 texts, 21 tokens, ")
-    assert result.stderr.endswith("0 texts truncated\n")
+    assert result.stderr.startswith("4 text(s), 21 tokens, ")
+    assert result.stderr.endswith(" 0 truncated\n")
 
 
 def test_embeds_standard_input_and_writes_json_lines(sentence_folder, vectors):
@@ -71,7 +74,7 @@ def test_options_reach_the_encoder(sentence_folder, tmp_path):
     arguments = [part for text in TEXTS for part in ("-t", text)]
     result = run("embed", "-m", sentence_folder, *options.split(), *arguments, "-o", tmp_path / "out.npy")
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=0, atol=1e-6)
-    assert "2 texts truncated" in result.stderr  # 'she was' and two special tokens leave room for two
+    assert "2 truncated" in result.stderr  # 'she was' and two special tokens leave room for two
 
 
 def test_no_texts_make_an_empty_array(sentence_folder, tmp_path):
@@ -88,9 +91,11 @@ def test_no_texts_make_an_empty_array(sentence_folder, tmp_path):
         (["-m", "{model}", "-f", "a"], '{"a": "x"}\nnonsense', "standard input:2: not a line of JSON"),
         (["-m", "{model}", "-f", "a"], '{"b": "x"}', "standard input:1: a JSON object with a field 'a' was expected"),
         (["-m", "{model}", "-f", "a"], '{"a": null}', "standard input:1: field 'a' is null, expected a text"),
-        (["-m", "{model}"], b"a\n\xff\n", "standard input: not UTF-8 text"),
+        (["-m", "{model}"], b"a\n" * 9999 + b"ab\xff\n", "standard input:10000: not UTF-8 text (invalid start byte at"),
+        (["-m", "{model}", "-f", "a"], '{"a": "\\ud800"}', "standard input:1: field 'a' is"),
+        (["-m", "{model}", "."], None, ".: is a folder, expected a file of texts"),
         (["-m", "{model}", "-t", "x", "-o", "/no/such/out.npy"], None, "/no/such/out.npy: can't be written"),
-        (["-m", "{golden}", "-t", "x"], None, "pass pooling= with one of"),
+        (["-m", "{golden}", "-t", "x"], None, "pass pooling= (or --pooling) with one of"),
     ],
 )
 def test_errors_are_one_line_without_a_traceback(sentence_folder, arguments, stdin, message):
@@ -107,6 +112,7 @@ def test_errors_are_one_line_without_a_traceback(sentence_folder, arguments, std
         (["-m", "x", "-t", "a", "file"], "not both"),
         (["-m", "x", "-t", "a", "-o", "out.csv"], "ends in .npy or .jsonl"),
         (["-t", "a"], "Missing option '-m'"),
+        (["-m", "x", "-t", "a", "-f", "body"], "not to --text"),
         (["-m", "x", "-t", "a", "--truncate-dim", "0"], "0 is not in the range"),
         (["-m", "x", "-t", "a", "--dtype", "int8"], "'int8' is not one of"),
     ],
@@ -172,3 +178,54 @@ def test_version_and_help_answer_without_loading_jax():
     assert __version__ in run("--version").stdout
     for command in ("embed", "info", "convert"):
         assert f"Usage: main {command}" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize("command", [["embed", "-m", "{model}", "-t", "a"], ["info", "{model}"]])
+def test_a_full_disk_behind_standard_output_is_one_line(sentence_folder, command):
+    filled = [part.format(model=sentence_folder) for part in command]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "bertjax", *filled], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_pipe_is_a_file(sentence_folder, vectors, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("\n".join(TEXTS)))
+    writer.start()
+    run("embed", "-m", sentence_folder, tmp_path / "pipe", "-o", tmp_path / "out.npy")
+    writer.join()
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=0, atol=1e-6)
+
+
+def test_a_byte_order_mark_is_no_text(sentence_folder):
+    plain, marked = (run("embed", "-m", sentence_folder, stdin=mark + b"a cat") for mark in (b"", b"\xef\xbb\xbf"))
+    assert marked.stdout == plain.stdout
+
+
+def test_standard_input_twice_is_read_once(sentence_folder):
+    assert len(run("embed", "-m", sentence_folder, "-", "-", stdin="a\nb\n").stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(sentence_folder, tmp_path, number):
+    command = [sys.executable, "-m", "bertjax", "embed", "-m", sentence_folder, "-", "-o", tmp_path / "out.npy"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdin.write(b"a cat\n")
+        process.stdin.flush()
+        while not os.listdir(tmp_path):  # the temporary file, made once the model is loaded
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        process.communicate()
+    assert process.returncode != 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_checkouts_converter_names_itself():
+    root = GOLDEN[0].parents[3]
+    done = subprocess.run([sys.executable, "-m", "convert", "--help"], cwd=root, capture_output=True, text=True)
+    assert done.stdout.startswith("Usage: python -m convert [OPTIONS] SOURCE TARGET")

@@ -36,6 +36,10 @@ def changed(array, where, value):
         ((IDS, None, None, np.full((2, 4), 12)), r"position_ids\[0, 0\] is 12, outside 0..11"),
         ((IDS, None, None, np.zeros((4,), int)), r"position_ids has shape \(4,\)"),
         ((IDS, None, None, None, np.full((2, 4), -1)), r"segment_ids\[0, 0\] is -1, outside"),
+        (
+            (np.zeros((2, 20), int), None, None, None, np.repeat([[1, 2, 0], [1, 3, 1]], [5, 13, 2], axis=1)),
+            r"the segment at \[0, 5\] is longer than the model's 12 positions",
+        ),
     ],
 )
 def test_unusable_inputs_are_refused_with_the_position(inputs, message):
@@ -62,12 +66,20 @@ def test_ids_of_any_integer_dtype_become_int32(dtype):
 
 
 def test_packed_rows_may_be_longer_than_the_positions():
-    segments = np.repeat([[1, 2]], 10, axis=1)
+    segments = np.repeat([[1, 2, 0]], [8, 12, 0], axis=1)
+    assert check_inputs(CONFIG, np.zeros((1, 20), int), segment_ids=segments)["segment_ids"].shape == (1, 20)
+    segments = np.repeat([[1, 0]], [3, 17], axis=1)
     assert check_inputs(CONFIG, np.zeros((1, 20), int), segment_ids=segments)["segment_ids"].shape == (1, 20)
 
 
 def test_an_empty_batch_is_a_batch():
     assert check_inputs(CONFIG, np.zeros((0, 4), int))["input_ids"].shape == (0, 4)
+
+
+def test_inside_jit_a_mask_to_be_added_is_not_mistaken_for_one_to_be_looked_at():
+    additive = np.where(np.arange(8).reshape(2, 4) % 4 < 2, 0.0, -1e9).astype(np.float32)
+    with pytest.raises(InputError, match="attention_mask has dtype float32; inside jit pass 0/1 as bool"):
+        jax.jit(lambda mask: check_inputs(CONFIG, IDS, mask)["attention_mask"])(additive)
 
 
 def test_inside_jit_shapes_are_checked_and_values_are_not():

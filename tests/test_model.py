@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from conftest import compiles, random_model, tolerance
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from oracle import require
 
 from bertjax import BertConfig, BertModel, functional, named_parameters, parameter_table
-from bertjax.errors import ConfigError
+from bertjax.errors import ConfigError, InputError
 from bertjax.layers import ACTIVATION_FUNCTIONS
+from bertjax.sentence import POOLING_MODES, Normalize, SentenceModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 OUTPUTS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")
@@ -140,6 +141,15 @@ def test_segments_in_a_row_do_not_see_each_other():
     assert float(jnp.abs(model(packed).last_hidden_state[0, :5] - output[:5]).max()) > 1e-2
 
 
+def test_a_packed_row_may_be_longer_than_the_positions():
+    model = tiny()
+    parts = [random_ids((1, n), seed=n) for n in (30, 25)]
+    packed = np.concatenate([*parts, np.zeros((1, 45), int)], axis=1)
+    output = model(packed, segment_ids=np.repeat([[1, 2, 0]], [30, 25, 45], axis=1)).last_hidden_state[0]
+    for part, found in zip(parts, (output[:30], output[30:55]), strict=True):
+        np.testing.assert_allclose(found, model(part).last_hidden_state[0], rtol=0, atol=1e-5)
+
+
 def test_segments_and_padding_mask_combine():
     model, ids = tiny(), random_ids((1, 10))
     segments = np.repeat([[1, 2]], 5, axis=1)
@@ -248,6 +258,25 @@ def test_functional_composes_with_jit_grad_and_vmap():
         assert float(jnp.abs(leaf).max()) > 0 or "'key'" in str(path), path
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_inputs_may_be_spread_over_devices(kind):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    model, ids = tiny(), random_ids((16, 9))
+    spread = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
+    output = model(spread).last_hidden_state
+    assert len(output.sharding.device_set) == 8
+    np.testing.assert_allclose(output, model(ids).last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_strict_promotion_of_dtypes_and_ranks():
+    sentence = SentenceModel(tiny(add_pooling_layer=False), pooling=POOLING_MODES, modules=(Normalize(),))
+    ids = random_ids((2, 9))
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        output = tiny(dtype=jnp.bfloat16)(ids, segment_ids=np.ones_like(ids), dropout_key=jax.random.key(0))
+        assert jnp.isfinite(output.last_hidden_state).all()
+        assert jnp.isfinite(sentence(ids, np.ones_like(ids))).all()
+
+
 def test_functional_composes_with_shard_map():
     devices = jax.devices()
     assert len(devices) == 8, "this test needs eight devices; see conftest.py"
@@ -341,3 +370,17 @@ def test_without_a_pooler():
 def test_other_dtypes_are_refused(option, value):
     with pytest.raises(ConfigError, match=rf"{option}='{value}' is not supported.*float32, bfloat16, float16"):
         tiny(**{option: value})
+
+
+@pytest.mark.parametrize("unroll", [0, -1, False, "all"])
+def test_other_unrolls_are_refused(unroll):
+    with pytest.raises(ConfigError, match="expected a positive integer or True"):
+        tiny(unroll=unroll)
+
+
+def test_functional_takes_a_model():
+    for other in (None, "model", tiny):
+        with pytest.raises(InputError, match="functional takes a model, not a"):
+            functional(other)
+    with pytest.raises(InputError, match="expected a BertModel, not a BertEncoder"):
+        named_parameters(tiny().encoder)

@@ -446,11 +446,12 @@ def test_side_files_are_copied_unless_they_lead_elsewhere(tmp_path):
 
 
 def test_a_folder_without_a_config_or_weights_says_what_is_missing(tmp_path):
-    with pytest.raises(SourceError, match=r"config.json: can't be read \(No such file"):
-        BertModel.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SourceError, match="no weights found"):
         BertModel.from_pretrained(tmp_path)
+    make_folder(tmp_path / "in", plain_tensors())
+    (tmp_path / "in" / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"config.json: can't be read \(No such file"):
+        BertModel.from_pretrained(tmp_path / "in")
 
 
 def test_sizes_are_compared_before_anything_is_allocated(tmp_path):

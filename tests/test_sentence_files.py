@@ -304,7 +304,7 @@ def test_a_lower_casing_model_that_the_library_saved_again_must_be_chosen(tmp_pa
 
 def test_a_plain_bert_folder(tmp_path):
     folder = shutil.copytree(HERE / "transformer", tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"no modules\.json.*pass pooling= with one of cls, max, mean"):
+    with pytest.raises(ConfigError, match=r"no modules\.json.*pass pooling= .*with one of cls, max, mean"):
         load(folder)
     found, expected = both(folder, pooling="mean")  # the library's own guess
     assert_close(found, expected)

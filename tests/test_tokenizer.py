@@ -442,7 +442,10 @@ def test_files_that_are_not_there(tmp_path):
 BAD_FILES = {
     "config is no JSON": ({"tokenizer_config.json": "{"}, r"tokenizer_config\.json: not valid JSON"),
     "config is deep": ({"tokenizer_config.json": "[" * 100_000}, r"tokenizer_config\.json: not valid JSON"),
-    "config is a list": ({"tokenizer_config.json": []}, r"tokenizer_config\.json: holds a JSON list, expected an object"),
+    "config is a list": (
+        {"tokenizer_config.json": []},
+        r"tokenizer_config\.json: holds a JSON list, expected an object",
+    ),
     "config is latin-1": ({"tokenizer_config.json": b'{"a": "\xe9"}'}, r"tokenizer_config\.json: not UTF-8 text"),
     "flag": ({"tokenizer_config.json": {"do_lower_case": "yes"}}, "do_lower_case must be true or false, not 'yes'"),
     "null flag": ({"tokenizer_config.json": {"tokenize_chinese_chars": None}}, "tokenize_chinese_chars must be"),

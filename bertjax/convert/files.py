@@ -45,7 +45,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 # Weights in a format that is not read, by file name: what to say instead of "not found".
 _OTHER_WEIGHTS = (
-    ("pytorch_model*.bin*", "PyTorch pickles are not read yet; save the model with safe_serialization=True"),
+    ("pytorch_model*.bin*", "PyTorch pickles are not read yet; in transformers, save the model again, as safetensors"),
     ("flax_model*.msgpack*", "Flax msgpack weights are not read yet"),
     ("tf_model.h5", "TensorFlow weights are not read; save the model as safetensors first"),
     ("*.ckpt*", "TensorFlow checkpoints are not read yet"),
