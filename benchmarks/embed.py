@@ -173,7 +173,8 @@ def main(model: str, file: Path | None, source: str, count: int, rounds: int, dt
         throughput = measure_throughput(model, dtype, texts, rounds, Path(folder))
     found = {
         "machine": timing.machine(),
-        "command": f"python -m benchmarks.embed MODEL --count {count} --rounds {rounds} --dtype {dtype}",
+        "command": f"python -m benchmarks.embed MODEL{f' --texts {file.name}' if file else ''} --count {count} "
+        f"--rounds {rounds} --dtype {dtype}",
         "model": Path(model).name if Path(model).name != "model" else Path(model).parent.name,
         "dtype": dtype,
         "source": source,
