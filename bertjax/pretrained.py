@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,7 @@ def load_model(
     level = logging.WARNING if any("pooler" not in name for name in plan.unused) else logging.INFO
     if plan.unused:
         logger.log(level, "%s: not used by BertModel: %s", folder, ", ".join(plan.unused))
-    arrays = ((path, jax.device_put(array, sharding)) for path, array in plan.arrays(param_dtype))
-    model = nnx.merge(graphdef, rules.unflatten(arrays))
+    model = _fill(graphdef, plan, param_dtype, sharding)
     model.layout = plan.layout
     return model
 
@@ -294,13 +293,9 @@ def _load_dense(spec: DenseSpec, width: int, sharding: Any) -> Dense:
     if spec.in_features != width:
         raise ConfigError(f"{spec.folder}: in_features is {spec.in_features}, what comes before it gives {width}")
     options = {"use_bias": spec.use_bias, "activation": spec.activation, "use_residual": spec.use_residual}
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: Dense(spec.in_features, spec.out_features, rngs=nnx.Rngs(0), **options))
-    )
-    shapes = {path: struct.shape for path, struct in rules.flatten(nnx.to_pure_dict(state))}
+    graphdef, shapes = abstract(lambda: Dense(spec.in_features, spec.out_features, rngs=nnx.Rngs(0), **options))
     plan = bert.match_exactly(files.open_weights(spec.folder), rules.expand(bert.DENSE_TABLE, shapes))
-    arrays = ((path, jax.device_put(array, sharding)) for path, array in plan.arrays(np.dtype(np.float32)))
-    return nnx.merge(graphdef, rules.unflatten(arrays))
+    return _fill(graphdef, plan, np.dtype(np.float32), sharding)
 
 
 def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force: bool = False) -> None:
@@ -334,10 +329,25 @@ def _write_dense(module: Dense, folder: Path) -> None:
     files.write_safetensors(folder / files.SINGLE_FILE, bert.export(slots, tree, layout), dict(layout.metadata))
 
 
+def abstract(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict[rules.Path, rules.Shape]]:
+    """A module's structure and the shapes of its parameters, without allocating any.
+
+    Args:
+        make: makes the module.
+    """
+    module = nnx.eval_shape(make)
+    return nnx.split(module)[0], {path: struct.shape for path, struct in parameters(module)}
+
+
 def abstract_model(config: BertConfig, **options: Any) -> tuple[nnx.GraphDef, dict[rules.Path, rules.Shape]]:
-    """A model's structure and the shapes of its parameters, without allocating any."""
-    model = nnx.eval_shape(lambda: BertModel(config, rngs=nnx.Rngs(0), **options))
-    return nnx.split(model)[0], {path: struct.shape for path, struct in parameters(model)}
+    """`abstract` of a `BertModel` with these options."""
+    return abstract(lambda: BertModel(config, rngs=nnx.Rngs(0), **options))
+
+
+def _fill(graphdef: nnx.GraphDef, plan: bert.Plan, dtype: np.dtype, sharding: Any) -> Any:
+    """A module of this structure, its parameters read and placed one array at a time."""
+    arrays = ((path, jax.device_put(array, sharding)) for path, array in plan.arrays(dtype))
+    return nnx.merge(graphdef, rules.unflatten(arrays))
 
 
 def parameters(model: nnx.Module) -> Iterable[tuple[rules.Path, Any]]:
