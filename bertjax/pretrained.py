@@ -17,7 +17,8 @@ from flax import nnx
 from bertjax import hub
 from bertjax.atomic import atomic_folder
 from bertjax.config import BertConfig
-from bertjax.convert import bert, files, rules
+from bertjax.convert import bert, files, rules, sources
+from bertjax.convert.tensors import TensorToWrite, inside
 from bertjax.embedder import SentenceEncoder, check_positive
 from bertjax.errors import CheckpointError, ConfigError, SourceError
 from bertjax.json_files import read_json
@@ -92,7 +93,7 @@ def load_model(
     dtype = check_dtype("dtype", dtype)
     param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
     # The weights first: their format tells most plainly what a folder is.
-    weights = files.open_weights(folder)
+    weights = sources.open_weights(folder)
     config = BertConfig.from_file(folder / "config.json", ignore=ignore)
     pooled = bert.has_pooler(weights, prefix) if add_pooling_layer is None else add_pooling_layer
     options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
@@ -188,7 +189,7 @@ def convert_checkpoint(
     folder = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     if folder.resolve().is_relative_to(os.path.realpath(target)):
         raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
-    weights = files.open_weights(folder)
+    weights = sources.open_weights(folder)
     config = BertConfig.from_file(folder / "config.json", ignore=ignore)
     _, shapes = abstract_model(config, add_pooling_layer=bert.has_pooler(weights, prefix))
     plan = bert.match(weights, shapes, prefix)
@@ -196,7 +197,7 @@ def convert_checkpoint(
         tree = dict(plan.arrays(dtype))
         kept = {} if dtype is not None else {tensor.name: tensor.dtype for tensor in plan.tensors}
         unused = [
-            files.TensorToWrite(info.name, info.dtype, info.shape, info.read)
+            TensorToWrite(info.name, info.dtype, info.shape, info.read)
             for info in (weights.tensors[name] for name in plan.unused)
         ]
         if dtype is None:
@@ -255,7 +256,7 @@ def load_sentence_encoder(
     )
     if not (folder / "modules.json").exists():
         # What is no BERT at all is told so, before anybody is asked how to pool it.
-        files.open_weights(folder)
+        sources.open_weights(folder)
         BertConfig.from_file(folder / "config.json", ignore=ignore)
     spec = read_spec(folder, pooling)
     asked = {"max_seq_length": max_seq_length, "truncate_dim": truncate_dim}
@@ -294,7 +295,7 @@ def _load_dense(spec: DenseSpec, width: int, sharding: Any) -> Dense:
         raise ConfigError(f"{spec.folder}: in_features is {spec.in_features}, what comes before it gives {width}")
     options = {"use_bias": spec.use_bias, "activation": spec.activation, "use_residual": spec.use_residual}
     graphdef, shapes = abstract(lambda: Dense(spec.in_features, spec.out_features, rngs=nnx.Rngs(0), **options))
-    plan = bert.match_exactly(files.open_weights(spec.folder), rules.expand(bert.DENSE_TABLE, shapes))
+    plan = bert.match_exactly(sources.open_weights(spec.folder), rules.expand(bert.DENSE_TABLE, shapes))
     return _fill(graphdef, plan, np.dtype(np.float32), sharding)
 
 
@@ -374,7 +375,7 @@ def _write_config(folder: Path, config: Mapping[str, Any], arrays: Iterable[np.n
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_weights(folder: Path, tensors: list[files.TensorToWrite], layout: bert.Layout) -> None:
+def _write_weights(folder: Path, tensors: list[TensorToWrite], layout: bert.Layout) -> None:
     """Writes one file, or the shards that the layout names and their index."""
     metadata = dict(layout.metadata)
     if not layout.shards:
@@ -399,7 +400,7 @@ def _copy_side_files(source: Path, target: Path) -> None:
         for path in sorted(source.glob(pattern)):
             name = path.relative_to(source)
             try:
-                data = files.inside(source, name).read_bytes()
+                data = inside(source, name).read_bytes()
             except SourceError:
                 raise
             except OSError as problem:

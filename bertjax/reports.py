@@ -8,7 +8,7 @@ import numpy as np
 
 from bertjax import hub
 from bertjax.config import BertConfig
-from bertjax.convert import bert, files, rules
+from bertjax.convert import bert, rules, sources
 from bertjax.errors import InputError
 from bertjax.model import BertModel
 from bertjax.pretrained import abstract_model, parameters
@@ -66,7 +66,7 @@ def describe(
     spec = read_spec(folder) if (folder / "modules.json").exists() else None
     encoder = folder if spec is None else spec.transformer
     config = BertConfig.from_file(encoder / "config.json", ignore=ignore)
-    weights = files.open_weights(encoder)
+    weights = sources.open_weights(encoder)
     _, shapes = abstract_model(config, add_pooling_layer=bert.has_pooler(weights))
     plan = bert.match(weights, shapes)
     total = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in plan.tensors)
@@ -79,7 +79,7 @@ def describe(
         f"{config.type_vocab_size} token type(s)",
         f"parameters {len(plan.tensors)} tensors, {total:,} parameters, {dtypes}, "
         f"{'with' if bert.has_pooler(weights) else 'without'} pooler",
-        f"files      {', '.join(weights.shards)}, {weights.nbytes / 1e6:.1f} MB",
+        f"files      {', '.join(weights.files)}, {weights.nbytes / 1e6:.1f} MB",
         f"unused     {', '.join(plan.unused) or 'none'}",
         f"sentences  {_describe_sentences(spec)}",
     ]

@@ -13,7 +13,7 @@ from conftest import GOLDEN
 
 from bertjax import SentenceEncoder, __version__
 from bertjax.cli import main
-from bertjax.convert.files import open_weights
+from bertjax.convert.sources import open_weights
 
 TEXTS = ["a cat sat on the mat .", "", "the dog ran fast", "it is"]
 

@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from bertjax import BertConfig, BertModel
 from bertjax.convert.bert import Layout
-from bertjax.convert.files import INDEX_FILE, SINGLE_FILE, open_weights
+from bertjax.convert.files import INDEX_FILE, SINGLE_FILE
+from bertjax.convert.sources import open_weights
 from bertjax.errors import CheckpointError, ConfigError, SourceError
 from bertjax.pretrained import convert_checkpoint, parameters
 

@@ -11,15 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from bertjax.convert.files import (
-    DTYPE_NAMES,
-    SINGLE_FILE,
-    TensorInfo,
-    TensorToWrite,
-    WeightFiles,
-    enumerate_problems,
-)
 from bertjax.convert.rules import EMBED, LINEAR, NORM, Path, Row, Shape, Slot, by_array, expand
+from bertjax.convert.tensors import DTYPE_NAMES, TensorInfo, TensorToWrite, WeightFiles, enumerate_problems
 from bertjax.errors import CheckpointError
 
 _LAYER = "encoder.layer.{layer}"
@@ -303,7 +296,7 @@ def _layout(weights: WeightFiles, prefix: str, others: set[str]) -> Layout:
             "the file is a mixture of two"
         )
     buffers = [name for name in (prefix + _POSITION_IDS, prefix + _TOKEN_TYPE_IDS) if name in names]
-    shards = tuple((name, info.file.name) for name, info in names.items()) if weights.shards != (SINGLE_FILE,) else ()
+    shards = tuple((name, info.file.name) for name, info in names.items()) if weights.index else ()
     return Layout(
         prefix=prefix,
         legacy_norm=bool(legacy),

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 from bertjax import BertConfig
 from bertjax.convert import bert
-from bertjax.convert.files import INDEX_FILE, SINGLE_FILE, open_weights, write_safetensors
+from bertjax.convert.files import INDEX_FILE, SINGLE_FILE, write_safetensors
 from bertjax.convert.rules import expand
+from bertjax.convert.sources import open_weights
 from bertjax.errors import CheckpointError
 from bertjax.pretrained import abstract_model
 

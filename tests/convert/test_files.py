@@ -9,15 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from bertjax.convert.files import (
-    DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    TensorToWrite,
-    open_weights,
-    read_header,
-    write_safetensors,
-)
+from bertjax.convert.files import INDEX_FILE, SINGLE_FILE, read_header, write_safetensors
+from bertjax.convert.sources import open_weights
+from bertjax.convert.tensors import DTYPES, TensorToWrite
 from bertjax.errors import BertjaxError, CheckpointError, SourceError
 
 # Names with quotes, control characters and letters from all planes, but no surrogates, which are no text.
@@ -47,8 +41,9 @@ def to_write(arrays):
 def test_files_are_those_of_the_safetensors_library_both_ways(tmp_path_factory, arrays, metadata, random):
     folder = tmp_path_factory.mktemp("files")
     save_file(arrays, folder / "theirs", metadata or None)
-    found, found_metadata = read_header(folder / "theirs")
-    assert found_metadata == metadata
+    contents = read_header(folder / "theirs")
+    found = contents.tensors
+    assert contents.metadata == metadata
     assert found.keys() == arrays.keys()
     for name, info in found.items():
         assert (info.dtype, info.shape) == (arrays[name].dtype, arrays[name].shape)
@@ -92,7 +87,7 @@ def test_tensors_are_made_one_at_a_time_and_never_over_another_file(tmp_path):
 
 def test_a_source_that_fails_while_it_is_copied_is_named_itself(tmp_path):
     save_file({"a": np.zeros(100, np.float32)}, tmp_path / "source")
-    info = read_header(tmp_path / "source")[0]["a"]
+    info = read_header(tmp_path / "source").tensors["a"]
     os.truncate(tmp_path / "source", 200)
     with pytest.raises(SourceError, match="source: ends inside tensor 'a'"):
         write_safetensors(tmp_path / "t", [TensorToWrite("a", info.dtype, info.shape, info.read)], {})
@@ -166,7 +161,7 @@ def test_any_damaged_byte_is_read_or_refused_but_never_anything_else(tmp_path_fa
     file = tmp_path_factory.mktemp("damaged") / SINGLE_FILE
     file.write_bytes(damaged)
     try:
-        for info in read_header(file)[0].values():
+        for info in read_header(file).tensors.values():
             assert info.read().nbytes == 8
     except BertjaxError as error:
         assert str(file) in str(error)
@@ -229,7 +224,7 @@ def write_shards(folder, weight_map=None, **index):
 def test_shards_are_read_together(tmp_path):
     write_shards(tmp_path)
     weights = open_weights(tmp_path)
-    assert weights.shards == (ONE, TWO)
+    assert weights.files == (ONE, TWO)
     assert weights.metadata == {"format": "pt"}
     assert {name: info.file.name for name, info in weights.tensors.items()} == {"a": ONE, "b": ONE, "c": TWO}
     assert weights.tensors["b"].read().tolist() == [1, 1, 1]

@@ -1,0 +1,224 @@
+"""Tensors in files, whatever the format: where they are, how they are read, and how a file that holds them is opened.
+
+Every reader (safetensors, PyTorch pickles, msgpack, TensorFlow) finds where in a file each tensor's numbers lie, and
+leaves the reading to `TensorInfo.read`. So no format needs more memory than the tensor that is asked for.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from bertjax.errors import CheckpointError, SourceError
+
+#: Dtypes by safetensors' names, in the order in which the safetensors library lays dtypes out in a file (it begins with
+#: the last). What is not here (8-bit floats, packed and unsigned integers) has no place in a BERT checkpoint.
+DTYPES: Mapping[str, np.dtype] = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype("uint8"),
+    "I8": np.dtype("int8"),
+    "I16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# No weight has more dimensions; numpy can't hold an array of very many.
+_MAX_RANK = 8
+_MAX_ELEMENTS = 1 << 48
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """A tensor in a file: where it is and what it looks like, without its data.
+
+    Attributes:
+        name: the tensor's PyTorch name.
+        file: the file that holds it.
+        dtype: its dtype, one of `DTYPES`.
+        shape: its shape, in PyTorch's order of dimensions.
+        offset: where its first element lies in the file, in bytes.
+        strides: distance between neighbours along each dimension, in elements, none negative; None: in C order. A
+            transposed kernel is read without copying it.
+        big_endian: whether the file holds the most significant byte first.
+        source: what the file calls it, where that is not `name`.
+    """
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+    strides: tuple[int, ...] | None = None
+    big_endian: bool = False
+    source: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return self.count * self.dtype.itemsize
+
+    @property
+    def span(self) -> int:
+        """Number of elements in the file from the first to the last; what a reader must find there."""
+        return span(self.shape, self.strides)
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor's data; the array may be a transposed view, so it need not be contiguous.
+
+        Raises:
+            SourceError: the file ends early or can't be read.
+        """
+        flat = self._read_flat()
+        if self.big_endian:
+            flat = flat.view(f"u{self.dtype.itemsize}").byteswap().view(self.dtype)
+        if self.strides is None or not self.count:
+            return flat.reshape(self.shape)
+        strides = [stride * self.dtype.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat, self.shape, strides)
+
+    def _read_flat(self) -> np.ndarray:
+        """The elements as the file holds them, from the first to the last: [span]."""
+        return read_flat(self, self.offset, self.span)
+
+
+def read_flat(tensor: TensorInfo, offset: int, count: int) -> np.ndarray:
+    """Reads elements of a tensor's file; see `TensorInfo.read` for the errors.
+
+    Args:
+        tensor: whose file and dtype it is.
+        offset: where to begin, in bytes.
+        count: how many elements.
+    """
+    try:
+        with open(tensor.file, "rb") as file:
+            data = np.fromfile(file, tensor.dtype, count, offset=offset)
+    except OSError as problem:
+        raise SourceError(f"{tensor.file}: can't be read ({problem.strerror or problem})") from None
+    if data.size != count:
+        raise SourceError(f"{tensor.file}: ends inside tensor {tensor.name!r}; was it changed while being read?")
+    return data
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...] | None) -> int:
+    """Elements from the first to the last of a tensor that is laid out with these strides."""
+    if strides is None or 0 in shape:
+        return math.prod(shape)
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
+def check_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Refuses a shape that no weight has. Raises `CheckpointError`.
+
+    A dimension of zero hides any size of the others from a check of the file's length, so it counts as one.
+    """
+    if len(shape) > _MAX_RANK or math.prod(size or 1 for size in shape) >= _MAX_ELEMENTS:
+        raise CheckpointError(f"{path}: tensor {name!r} has the impossible shape {list(shape)[:20]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a reader found in one file.
+
+    Attributes:
+        format: what the file is, in words.
+        tensors: every tensor by its PyTorch name, in file order.
+        metadata: the free-form strings of the file's header; safetensors only.
+        left_out: by name in the file, why a tensor is not among `tensors` (an optimiser's slots).
+    """
+
+    format: str
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFiles(Contents):
+    """The tensors of a checkpoint, in one file or several.
+
+    Attributes:
+        folder: the folder that holds the files.
+        files: base names of the files that hold the tensors.
+        index: base name of the index that divides the tensors among the files, or None.
+    """
+
+    folder: Path = Path()
+    files: tuple[str, ...] = ()
+    index: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor to be written: what it looks like, and a function that makes its data when its turn comes."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor's data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def data(self) -> np.ndarray:
+        """The tensor's data, in C order."""
+        data = np.asarray(self.make(), dtype=self.dtype, order="C")
+        assert data.shape == self.shape, (self.name, data.shape, self.shape)
+        return data
+
+
+def inside(folder: Path, name: str | Path) -> Path:
+    """Returns the path of one of a checkpoint's files, unless it is a link that leads out of the checkpoint.
+
+    In the Hub's cache, files are links from snapshots/<commit>/ to blobs/ beside it; these are part of the checkpoint.
+
+    Raises:
+        SourceError: the link leads somewhere else.
+    """
+    root, path = Path(os.path.realpath(folder)), folder / name
+    target = Path(os.path.realpath(path))
+    blobs = [parent.with_name("blobs") for parent in root.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in [root, *blobs]):
+        raise SourceError(f"{path}: is a link out of the model's folder, to {target}; put the file itself there")
+    return path
+
+
+def enumerate_problems(problems: list[str], limit: int = 1000) -> str:
+    """Joins problems for a message: all those of any BERT, but no gigabyte for a file made to give a million."""
+    rest = len(problems) - limit
+    return "; ".join(problems[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def what_it_is(start: bytes) -> str | None:
+    """Names the usual things that stand where weights were meant to be.
+
+    Args:
+        start: the first bytes of the file, 512 or all of them.
+    """
+    if not start:
+        return "the file is empty; the download did not finish"
+    if start.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the weights; run `git lfs pull` in the clone"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "this is an HTML page, not weights; the download fetched an error or a log-in page"
+    return None
