@@ -10,6 +10,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "BertConfig": "config",
+    "BertForMaskedLM": "heads",
+    "BertForMultipleChoice": "heads",
+    "BertForNextSentencePrediction": "heads",
+    "BertForPreTraining": "heads",
+    "BertForQuestionAnswering": "heads",
+    "BertForSequenceClassification": "heads",
+    "BertForTokenClassification": "heads",
     "BertModel": "model",
     "BertOutput": "model",
     "BertjaxError": "errors",
@@ -21,7 +28,7 @@ _HOMES = {
     "SourceError": "errors",
     "Tokenizer": "tokenizer",
     "TokenizerError": "errors",
-    "convert_checkpoint": "pretrained",
+    "convert_checkpoint": "conversion",
     "describe": "reports",
     "functional": "model",
     "named_parameters": "reports",

@@ -79,8 +79,11 @@ def _check_replaceable(target: Path, force: bool) -> None:
             f"{target}: already exists; choose another folder, or replace it with force=True (or --force)"
         )
     names = {path.name for path in entries}
+    tree = target / "params" / "_METADATA"  # an Orbax checkpoint's
     strange = sorted(path.name for path in entries if path.is_dir() and not re.match(r"\d_", path.name))
-    if "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names) or strange:
+    strange = [name for name in strange if name != "params" or not tree.exists()]
+    weights = tree.exists() or any(name.endswith((".safetensors", ".bin", ".msgpack")) for name in names)
+    if "config.json" not in names or not weights or strange:
         found = f"it holds {', '.join(strange)}" if strange else "it has no config.json beside weights"
         raise SourceError(f"{target}: is not just a model's folder ({found}) and will not be replaced; remove it first")
 

@@ -36,6 +36,10 @@ def _hub_options(command: Callable) -> Callable:
     return command
 
 
+_prefix_option = click.option("--prefix", metavar="NAME", help="What stands before the encoder's tensor names, for a "
+                              "file that holds several encoders.")  # fmt: skip
+
+
 class _Command(click.Command):
     """Reports errors in one line, with a traceback only on request."""
 
@@ -147,6 +151,7 @@ def embed(
 @main.command(cls=_Command, short_help="Show what a model is.")
 @click.argument("model")
 @click.option("--parameters", "list_parameters", is_flag=True, help="List every parameter with its shape.")
+@_prefix_option
 @_hub_options
 def info(model: str, **options: Any) -> None:
     """Shows what MODEL is: its sizes, its parameters, how it makes sentence vectors."""
@@ -155,29 +160,56 @@ def info(model: str, **options: Any) -> None:
     click.echo(describe(model, **options))
 
 
-@main.command(cls=_Command, short_help="Read a checkpoint, check it, write it as a Hugging Face folder.")
+@main.command(cls=_Command, short_help="Turn a checkpoint of any format into another, with proof.")
 @click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path), required=False)
+@click.option("--to", type=click.Choice(["safetensors", "msgpack", "orbax"]), default="safetensors", show_default=True,
+              help="What to write: safetensors for transformers, msgpack for FlaxBert, or an Orbax checkpoint of "
+              "bertjax's parameter tree.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Cast the weights. Default: keep "
               "every tensor's own dtype, and its bytes.")  # fmt: skip
-@click.option("--prefix", metavar="NAME", help="What stands before the encoder's tensor names, for a file that holds "
-              "several encoders.")  # fmt: skip
+@click.option("--max-shard-size", metavar="SIZE", help="Divide safetensors into files of at most this size, such as "
+              "5GB. Default: as SOURCE is divided, or one file.")  # fmt: skip
+@click.option("--standard-names", is_flag=True, help="Write the tensor names that transformers itself writes, without "
+              "repetitions and buffers. Default: the names of SOURCE.")  # fmt: skip
+@click.option("--untie", is_flag=True, help="Keep a decoder that differs from the word embeddings, though the config "
+              "ties the two.")  # fmt: skip
+@_prefix_option
+@click.option("--certificate", "certify", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Read what was written again, and write an account of every tensor to FILE.")  # fmt: skip
+@click.option("--check", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE", help="Convert "
+              "nothing: compare the folder SOURCE with the certificate FILE.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace TARGET if it is a model's folder.")
 @_hub_options
-def convert(source: str, target: Path, **options: Any) -> None:
-    """Reads the checkpoint SOURCE, maps it to bertjax's parameters, writes it to TARGET, and says what became of it.
+def convert(source: str, target: Path | None, check: Path | None, **options: Any) -> None:
+    """Reads the checkpoint SOURCE, checks it, writes it to the folder TARGET, and says what became of every tensor.
 
-    SOURCE is a folder or a repository on the Hub; TARGET becomes a Hugging Face folder (safetensors). Names, dtypes
-    and bytes of all tensors are kept. The heads' tensors, the tokenizer and the sentence-transformers modules are
-    copied unchanged. TARGET appears whole or not at all.
+    SOURCE is a folder, a file of weights in it, the prefix of a TensorFlow checkpoint, or a repository on the Hub. It
+    may hold safetensors, PyTorch pickles (.bin), FlaxBert's msgpack, a TensorFlow 1 or an Orbax checkpoint. No code in
+    it is ever run. Names, dtypes and numbers of all tensors are kept; the tokenizer and the sentence-transformers
+    modules are copied unchanged. TARGET appears whole or not at all.
+
+    \b
+    bertjax convert old-checkpoint/ new-checkpoint/
+    bertjax convert uncased_L-12_H-768_A-12/bert_model.ckpt bert-base/
+    bertjax convert model/ flax/ --to msgpack --certificate flax.json
+    bertjax convert --check flax.json flax/
     """
-    from bertjax.pretrained import convert_checkpoint
+    if check is not None:
+        if target is not None:
+            raise click.UsageError("--check takes one folder")
+        from bertjax.convert import certificate
 
-    plan = convert_checkpoint(source, target, **options)
-    click.echo(plan.summary())
-    if options["dtype"] is not None:
-        click.echo(f"cast     the encoder's tensors to {options['dtype']}")
-    click.echo(f"written  {target}")
+        click.echo(certificate.check(check, Path(source)))
+        return
+    if target is None:
+        raise click.UsageError("missing argument TARGET")
+    from bertjax.conversion import convert_checkpoint
+
+    conversion = convert_checkpoint(source, target, progress=sys.stderr.isatty(), **options)
+    click.echo(conversion.summary())
+    if options["certify"] is not None:
+        click.echo(f"certificate {options['certify']}")
 
 
 def _read_texts(files: Iterable[Path], field: str | None) -> Iterator[str]:

@@ -29,6 +29,11 @@ ACTIVATIONS = (
     "tanh",
 )
 
+#: Where a token's place enters: "absolute" adds an embedding of it to the token's; "relative_key" adds the product of
+#: the query and an embedding of the distance to each attention score (Shaw et al. 2018, arXiv:1803.02155), and
+#: "relative_key_query" the key's product as well (Huang et al. 2020, arXiv:2009.13658).
+POSITION_EMBEDDING_TYPES = ("absolute", "relative_key", "relative_key_query")
+
 #: Sizes of the published English models (google-research/bert): layers, hidden size, heads.
 PRESETS: Mapping[str, tuple[int, int, int]] = {
     "tiny": (2, 128, 2),
@@ -85,7 +90,8 @@ class BertConfig:
     building one with unusable values raises `ConfigError` that lists every problem.
 
     `extra` carries the fields of a `config.json` that do not change the encoder's numbers (labels, versions, ...), so
-    that `to_hf` gives them back; it takes no part in equality or hashing.
+    that `to_hf` gives them back; it takes no part in equality or hashing. What heads need of it has properties, which
+    check it when they are asked.
     """
 
     vocab_size: int = 30522
@@ -113,6 +119,47 @@ class BertConfig:
     def head_dim(self) -> int:
         """Width of one attention head, `hidden_size // num_attention_heads`."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of a classification head: as many as `extra` has in id2label, else its num_labels, else 2.
+
+        Raises:
+            ConfigError: the two contradict each other, or one is unusable. transformers believes id2label then, but
+                only the weights can tell.
+        """
+        names, count = self.extra.get("id2label"), self.extra.get("num_labels")
+        if names is not None and not (isinstance(names, Mapping) and names):
+            raise ConfigError(f"id2label={reprlib.repr(names)}: expected an object with a name for every label")
+        if count is not None:
+            _check("num_labels", count, _size(_MAX_ROWS))
+        if names is not None and count not in (None, len(names)):
+            raise ConfigError(f"num_labels={count} but id2label names {len(names)} labels; correct one of the two")
+        return len(names) if names is not None else count or 2
+
+    @property
+    def classifier_dropout(self) -> float:
+        """Dropout before a classifier: `extra`'s classifier_dropout, or `hidden_dropout_prob` where that is null.
+
+        Raises:
+            ConfigError: it is not a probability.
+        """
+        rate = self.extra.get("classifier_dropout")
+        if rate is None:
+            return self.hidden_dropout_prob
+        _check("classifier_dropout", rate, _PROBABILITY)
+        return rate
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the masked-LM head shares the word embeddings: `extra`'s tie_word_embeddings, by default True.
+
+        Raises:
+            ConfigError: it is not a boolean.
+        """
+        tied = self.extra.get("tie_word_embeddings", True)
+        _check("tie_word_embeddings", tied, (lambda value: isinstance(value, bool), "expected true or false"))
+        return tied
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "BertConfig":
@@ -240,6 +287,12 @@ def _size(high: int) -> _Check:
     return _is_int(1, high), f"expected an integer from 1 to {high}"
 
 
+def _check(name: str, value: Any, check: _Check) -> None:
+    accepts, expected = check
+    if not accepts(value):
+        raise ConfigError(f"{name}={reprlib.repr(value)}: {expected}")
+
+
 _PROBABILITY: _Check = (_is_number(lambda value: 0 <= value < 1), "expected a number from 0 to less than 1")
 
 _CHECKS: Mapping[str, _Check] = {
@@ -263,7 +316,7 @@ _CHECKS: Mapping[str, _Check] = {
         "expected a token id or null",
     ),
     "position_embedding_type": (
-        lambda value: value == "absolute",
-        "only 'absolute' positions are implemented",
+        lambda value: isinstance(value, str) and value in POSITION_EMBEDDING_TYPES,
+        f"expected one of {', '.join(POSITION_EMBEDDING_TYPES)}",
     ),
 }

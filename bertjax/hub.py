@@ -12,24 +12,34 @@ from bertjax.errors import SourceError
 
 logger = logging.getLogger(__name__)
 
-#: What is fetched: configuration, tokenizer and safetensors weights, at the top or in a sentence-transformers module's
-#: folder. Weights for other engines, and everything else a repository holds, stay where they are.
-NEEDED_FILES = (
+# What is fetched: configuration, tokenizer and weights, at the top or in a sentence-transformers module's folder. What
+# else a repository holds stays where it is.
+_CONFIGURATION = (
     "config.json",
+    "bert_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.txt",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
     "modules.json",
+    "bertjax_layout.json",
     "config_sentence_transformers.json",
     "sentence_*_config.json",
     "[0-9]*_*/*.json",
     "[0-9]*_*/vocab.txt",
-    "[0-9]*_*/model*.safetensors",
+    "[1-9]*_*/model.safetensors",
+    "[1-9]*_*/pytorch_model.bin",
+)
+
+# The encoder's weights in each format, in the order of preference: the first that a repository has is fetched, and no
+# other. Old sentence-transformers repositories have them in 0_Transformer.
+_WEIGHTS = (
+    ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "0_*/model*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin", "0_*/pytorch_model*.bin"),
+    ("flax_model.msgpack", "flax_model.msgpack.index.json", "flax_model-*-of-*.msgpack"),
+    ("*.ckpt.index", "*.ckpt.data-*", "*.ckpt-*.index", "*.ckpt-*.data-*"),
+    ("params/*",),
 )
 
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -43,10 +53,11 @@ def resolve(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Returns a folder that holds a model's files.
+    """Returns a folder that holds a model's files, or one of its weight files if that is what was named.
 
     Args:
-        path_or_hub_id: a folder, or a repository on the Hub such as "sentence-transformers/all-MiniLM-L6-v2".
+        path_or_hub_id: a folder, a file of weights, the prefix of a TensorFlow checkpoint, or a repository on the Hub
+            such as "sentence-transformers/all-MiniLM-L6-v2".
         revision: for the Hub: a branch, a tag or a commit.
         token: for the Hub: an access token, True for the stored one, or None for the client's default.
         cache_dir: for the Hub: where to keep the files; default: the client's cache.
@@ -60,13 +71,11 @@ def resolve(
     folder = Path(path_or_hub_id).expanduser()
     if not os.fspath(path_or_hub_id):
         raise SourceError("the name of the model is empty; expected a folder or a repository on the Hub")
-    if folder.is_dir():
+    if folder.exists() or folder.with_name(f"{folder.name}.index").exists():
         if revision is not None:
-            raise SourceError(f"{folder}: is a local folder; revision={revision!r} applies to the Hub only")
+            raise SourceError(f"{folder}: is a local path; revision={revision!r} applies to the Hub only")
         return folder
     name = os.fspath(path_or_hub_id)
-    if folder.exists():
-        raise SourceError(f"{folder}: is a file, expected a folder with config.json and the weights")
     if isinstance(path_or_hub_id, Path) or not _REPOSITORY.fullmatch(name) or ".." in name or name.startswith("."):
         raise SourceError(f"{name}: no such folder (and not the name of a repository, like organisation/model)")
     return _snapshot(name, revision, token, cache_dir, local_files_only)
@@ -83,15 +92,16 @@ def _snapshot(
     from huggingface_hub import errors, snapshot_download
 
     at = f" at revision {revision!r}" if revision else ""
+    options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        path = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=list(NEEDED_FILES),
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+        path = Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*_CONFIGURATION, *_WEIGHTS[0]], **options)
         )
+        for patterns in _WEIGHTS[1:]:
+            if _has_weights(path):
+                break
+            # The commit that was fetched first, whatever the branch says by now.
+            snapshot_download(name, revision=path.name, allow_patterns=list(patterns), **options)
     except errors.GatedRepoError:
         raise SourceError(f"{name}: this repository is gated; accept its terms on the Hub and pass a token") from None
     except errors.RepositoryNotFoundError:
@@ -110,4 +120,9 @@ def _snapshot(
     except Exception as problem:  # the client's transport has error classes of its own, other ones in each version
         raise SourceError(f"{name}{at}: can't be fetched from the Hub ({problem})") from None
     logger.info("%s%s resolved to %s", name, at, path)
-    return Path(path)
+    return path
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether the encoder's weights are there, in some format."""
+    return any(True for patterns in _WEIGHTS for pattern in patterns for _ in folder.glob(pattern))

@@ -30,7 +30,8 @@ def check_inputs(
         input_ids: int [batch, length], token ids.
         attention_mask: 0/1 or bool [batch, length]; 0 marks padding, which no token may attend to.
         token_type_ids: int [batch, length].
-        position_ids: int [batch, length].
+        position_ids: int [batch, length]. Relative positions are distances in the row, so there the ids of a text can
+            only count up one by one, which leaves them without effect.
         segment_ids: int [batch, length]; tokens attend only to tokens of their own segment. 0 marks padding.
 
     Returns:
@@ -53,13 +54,41 @@ def check_inputs(
     if position_ids is None and segment_ids is not None:
         _check_segment_lengths(_as_array("segment_ids", segment_ids), config.max_position_embeddings)
     mask = None if attention_mask is None else _check_mask(attention_mask, ids.shape)
-    return {
+    inputs = {
         "input_ids": _check_ids("input_ids", ids, ids.shape, config.vocab_size),
         "attention_mask": mask,
         "token_type_ids": _check_ids("token_type_ids", token_type_ids, ids.shape, config.type_vocab_size),
         "position_ids": _check_ids("position_ids", position_ids, ids.shape, config.max_position_embeddings),
         "segment_ids": _check_ids("segment_ids", segment_ids, ids.shape, np.iinfo(np.int32).max),
     }
+    if config.position_embedding_type != "absolute":
+        _check_positions_count(inputs["position_ids"], mask, inputs["segment_ids"])
+    return inputs
+
+
+def flatten_choices(input_ids: Any, **others: Any) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Makes a row of every choice of a multiple-choice batch.
+
+    Args:
+        input_ids: int [batch, choices, length].
+        **others: other inputs by name, each of the same shape or None.
+
+    Returns:
+        The batch size and the number of choices, and the inputs as [batch * choices, length].
+
+    Raises:
+        InputError: a rank or a shape is not usable.
+    """
+    ids = _as_array("input_ids", input_ids)
+    if ids.ndim != 3:
+        raise InputError(f"input_ids has shape {ids.shape}, expected [batch, choices, length]")
+    given = {name: _as_array(name, value) for name, value in others.items() if value is not None}
+    for name, array in given.items():
+        # before the axes are merged: after it, [2, 3, length] and [3, 2, length] would pass for equal
+        _same_shape(name, array, ids.shape)
+    batch, choices, length = ids.shape
+    rows = {name: array.reshape(batch * choices, length) for name, array in {"input_ids": ids, **given}.items()}
+    return (batch, choices), rows
 
 
 def _as_array(name: str, value: Any) -> Any:
@@ -125,6 +154,21 @@ def _check_segment_lengths(segments: Any, positions: int) -> None:
             raise InputError(
                 f"segment_ids: the segment at [{row}, {column}] is longer than the model's {positions} positions"
             )
+
+
+def _check_positions_count(positions: jax.Array | None, mask: jax.Array | None, segments: jax.Array | None) -> None:
+    """Refuses positions whose differences are not the tokens' distances; those of padding are nobody's business."""
+    if positions is None or not all(given is None or _has_values(given) for given in (positions, mask, segments)):
+        return
+    host = np.asarray(positions)
+    text = np.ones_like(host) if segments is None else np.asarray(segments)
+    seen = (text != 0) if mask is None else (text != 0) & np.asarray(mask)
+    rows, columns = np.nonzero(seen)
+    text, start = text[seen], host[seen] - columns
+    jumps = (rows[1:] == rows[:-1]) & (text[1:] == text[:-1]) & (start[1:] != start[:-1])
+    bad = np.zeros(host.shape, bool)
+    bad[rows[1:], columns[1:]] = jumps
+    _refuse_first("position_ids", host, bad, "but the model's positions are relative and count tokens; leave them out")
 
 
 def _refuse_first(name: str, host: np.ndarray, bad: np.ndarray, why: str) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a BERT encoder: embeddings, self-attention, feed-forward, one encoder layer.
+"""The parts of a BERT: embeddings, self-attention, feed-forward, one encoder layer, pooler and masked-LM head.
 
 Everything between two matmuls is float32: matmuls take inputs in the compute dtype and accumulate in float32, and the
 residual stream, LayerNorm, GELU and softmax stay there. Lower precision thus means inputs, not accumulators.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bertjax.attention import attend, matmul_precision
+from bertjax.attention import attend, matmul_precision, relative_bias
 from bertjax.config import BertConfig
 
 DType = jax.typing.DTypeLike
@@ -84,7 +84,7 @@ def _to_matmul_dtypes(
     return x.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(jnp.float32)
 
 
-def _layer_norm(config: BertConfig, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: BertConfig, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over the hidden axis, in float32.
 
     The variance is taken in two passes: E[x^2] - E[x]^2 cancels badly where activations are large.
@@ -99,8 +99,20 @@ def _layer_norm(config: BertConfig, param_dtype: DType, rngs: nnx.Rngs) -> nnx.L
     )
 
 
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate); without a key, returns x."""
     return nnx.Dropout(rate, deterministic=key is None)(x, rngs=key)
+
+
+def embedding(rows: int, features: int, *, param_dtype: DType, initializer_range: float, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table [rows, features], drawn as the kernels of `linear` are."""
+    return nnx.Embed(
+        rows,
+        features,
+        param_dtype=param_dtype,
+        embedding_init=nnx.initializers.truncated_normal(initializer_range),
+        rngs=rngs,
+    )
 
 
 def _look_up(table: nnx.Embed, ids: jax.Array) -> jax.Array:
@@ -119,22 +131,26 @@ def _split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
 
 
 class BertEmbeddings(nnx.Module):
-    """Sum of word, position and token-type embeddings, then LayerNorm and dropout."""
+    """Sum of word, position and token-type embeddings, then LayerNorm and dropout.
+
+    Where positions are relative, the table of positions is kept, as checkpoints have it, but not added.
+    """
 
     def __init__(self, config: BertConfig, *, param_dtype: DType, rngs: nnx.Rngs):
         def table(rows: int) -> nnx.Embed:
-            return nnx.Embed(
+            return embedding(
                 rows,
                 config.hidden_size,
                 param_dtype=param_dtype,
-                embedding_init=nnx.initializers.truncated_normal(config.initializer_range),
+                initializer_range=config.initializer_range,
                 rngs=rngs,
             )
 
         self.word_embeddings = table(config.vocab_size)
         self.position_embeddings = table(config.max_position_embeddings)
         self.token_type_embeddings = table(config.type_vocab_size)
-        self.layer_norm = _layer_norm(config, param_dtype, rngs)
+        self.layer_norm = layer_norm(config, param_dtype, rngs)
+        self.adds_positions = config.position_embedding_type == "absolute"
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(
@@ -148,8 +164,10 @@ class BertEmbeddings(nnx.Module):
         # Rows are cast after they are looked up: casting the tables would touch every row of the vocabulary.
         words = _look_up(self.word_embeddings, input_ids).astype(jnp.float32)
         types = _look_up(self.token_type_embeddings, token_type_ids).astype(jnp.float32)
-        positions = _look_up(self.position_embeddings, position_ids).astype(jnp.float32)
-        return _dropout(self.layer_norm(words + types + positions), self.dropout_rate, dropout_key)
+        total = words + types
+        if self.adds_positions:
+            total = total + _look_up(self.position_embeddings, position_ids).astype(jnp.float32)
+        return dropout(self.layer_norm(total), self.dropout_rate, dropout_key)
 
 
 class BertSelfAttention(nnx.Module):
@@ -170,6 +188,15 @@ class BertSelfAttention(nnx.Module):
         self.key = square()
         self.value = square()
         self.output = square()
+        self.position_embedding_type = config.position_embedding_type
+        if self.position_embedding_type != "absolute":
+            self.distance_embedding = embedding(
+                2 * config.max_position_embeddings - 1,
+                config.head_dim,
+                param_dtype=param_dtype,
+                initializer_range=config.initializer_range,
+                rngs=rngs,
+            )
         self.num_heads = config.num_attention_heads
         self.dropout_rate = config.attention_probs_dropout_prob
         self.dtype = dtype
@@ -187,11 +214,19 @@ class BertSelfAttention(nnx.Module):
             key,
             value,
             mask,
+            self._bias(query, key),
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
             return_weights=return_weights,
         )
         return self.output(context.reshape(x.shape)), weights
+
+    def _bias(self, query: jax.Array, key: jax.Array) -> jax.Array | None:
+        """What relative positions add to the scores, float32 [batch, heads, length, length]."""
+        if self.position_embedding_type == "absolute":
+            return None
+        with_keys = self.position_embedding_type == "relative_key_query"
+        return relative_bias(query, key, self.distance_embedding.embedding[...], with_keys=with_keys)
 
 
 class BertFeedForward(nnx.Module):
@@ -218,9 +253,9 @@ class BertLayer(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
         self.attention = BertSelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.attention_norm = _layer_norm(config, param_dtype, rngs)
+        self.attention_norm = layer_norm(config, param_dtype, rngs)
         self.feed_forward = BertFeedForward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.feed_forward_norm = _layer_norm(config, param_dtype, rngs)
+        self.feed_forward_norm = layer_norm(config, param_dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(
@@ -233,8 +268,8 @@ class BertLayer(nnx.Module):
         """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length]."""
         attention_key, hidden_key, output_key = _split(dropout_key, 3)
         attended, weights = self.attention(x, mask, attention_key, return_weights)
-        x = self.attention_norm(x + _dropout(attended, self.dropout_rate, hidden_key))
-        x = self.feed_forward_norm(x + _dropout(self.feed_forward(x), self.dropout_rate, output_key))
+        x = self.attention_norm(x + dropout(attended, self.dropout_rate, hidden_key))
+        x = self.feed_forward_norm(x + dropout(self.feed_forward(x), self.dropout_rate, output_key))
         return x, weights
 
 
@@ -254,3 +289,46 @@ class BertPooler(nnx.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Maps float32 [batch, length, hidden] to float32 [batch, hidden]."""
         return jnp.tanh(self.dense(hidden[:, 0]))
+
+
+class BertPredictionTransform(nnx.Module):
+    """What the masked-LM head does to a hidden state before it compares it with every word."""
+
+    def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        self.dense = linear(
+            config.hidden_size,
+            config.hidden_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            initializer_range=config.initializer_range,
+            rngs=rngs,
+        )
+        self.layer_norm = layer_norm(config, param_dtype, rngs)
+        self.activation = config.hidden_act
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Maps float32 [batch, length, hidden] to the same shape."""
+        return self.layer_norm(ACTIVATION_FUNCTIONS[self.activation](self.dense(hidden)))
+
+
+class BertPredictionHead(nnx.Module):
+    """The masked-LM head. Tied, it has no kernel and multiplies by the word embeddings."""
+
+    def __init__(self, config: BertConfig, *, tied: bool, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.transform = BertPredictionTransform(config, **options)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size, param_dtype))
+        options |= {"initializer_range": config.initializer_range, "use_bias": False}
+        self.decoder = None if tied else linear(config.hidden_size, config.vocab_size, **options)
+        self.dtype = dtype
+
+    def __call__(self, hidden: jax.Array, words: jax.Array) -> jax.Array:
+        """Maps float32 [batch, length, hidden] and the word embeddings [vocab, hidden] to [batch, length, vocab]."""
+        x = self.transform(hidden)
+        if self.decoder is None:
+            x, kernel = x.astype(self.dtype), words.astype(self.dtype).T
+            precision = matmul_precision(self.dtype)
+            scores = jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+        else:
+            scores = self.decoder(x)
+        return scores + self.bias[...].astype(jnp.float32)

@@ -148,7 +148,7 @@ class BertModel(nnx.Module):
             attention_mask: 0/1 or bool [batch, length]; 0 marks padding. Default: no padding.
             token_type_ids: int [batch, length]; which of two texts a token belongs to. Default: 0.
             position_ids: int [batch, length]. Default: counted from the start of the row or, with `segment_ids`, from
-                the start of the segment.
+                the start of the segment. Relative positions allow of no others.
             segment_ids: int [batch, length], for several texts packed into a row: a token attends only to tokens of
                 its own segment. Segments are runs of equal numbers; 0 marks padding. Default: a row is one text.
             output_hidden_states: also return every layer's input and the last one's output.
@@ -243,8 +243,9 @@ def functional(model: nnx.Module) -> tuple[Any, dict]:
 
     Returns:
         `apply` and `params`: `apply(params, *args, **kwargs)` computes `model(*args, **kwargs)`, an array for a
-        `SentenceModel` and a `BertOutput` for a `BertModel`. It has no side effects and composes with `jit`, `grad`,
-        `vmap` (over an axis in front of the batch) and `shard_map`; `params` is a nested dict of arrays.
+        `SentenceModel`, a `BertOutput` for a `BertModel`, logits for a model with heads. It has no side effects and
+        composes with `jit`, `grad`, `vmap` (over an axis in front of the batch) and `shard_map`; `params` is a nested
+        dict of arrays.
 
     Raises:
         InputError: `model` is not a module.

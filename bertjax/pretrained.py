@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +15,11 @@ from flax import nnx
 from bertjax import hub
 from bertjax.atomic import atomic_folder
 from bertjax.config import BertConfig
-from bertjax.convert import bert, files, rules, sources
-from bertjax.convert.tensors import TensorToWrite, inside
+from bertjax.convert import bert, names, rules, sources, targets
+from bertjax.convert.layout import Layout, is_head, standard_layout
+from bertjax.convert.tensors import inside
 from bertjax.embedder import SentenceEncoder, check_positive
-from bertjax.errors import CheckpointError, ConfigError, SourceError
-from bertjax.json_files import read_json
+from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
 from bertjax.layers import DType
 from bertjax.model import BertModel, check_dtype
 from bertjax.sentence import Dense, Normalize, SentenceModel
@@ -30,23 +28,13 @@ from bertjax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-#: Files that belong to a model but hold no encoder weights; a conversion copies them byte for byte.
-_SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "[0-9]*_*/*.json",
-    "[0-9]*_*/model.safetensors",
-)
+#: `BertModel` or a model with a head.
+Model = TypeVar("Model", bound=nnx.Module)
 
 
 def load_model(
     path_or_hub_id: str | Path,
+    kind: type[Model] = BertModel,
     *,
     revision: str | None = None,
     dtype: DType = jnp.float32,
@@ -56,27 +44,32 @@ def load_model(
     unroll: int | bool = 1,
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     prefix: str | None = None,
+    untie: bool = False,
     ignore: Iterable[str] = (),
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
-) -> BertModel:
-    """Loads BERT's encoder from a folder or from the Hub.
+) -> Model:
+    """Loads BERT's encoder, or BERT with a head, from a folder or from the Hub, whatever the format of the weights.
 
     Tensors are read, converted and placed on the device one array at a time; nothing is initialised first, so the
     peak memory stays near one copy of the weights.
 
     Args:
-        path_or_hub_id: a folder in Hugging Face's layout, or a repository on the Hub.
+        path_or_hub_id: a model's folder, one of the weight files in it, the prefix of a TensorFlow checkpoint, or a
+            repository on the Hub.
+        kind: the class to load: `BertModel` or one of `bertjax.heads`, whose head the checkpoint must have.
         revision: for the Hub: a branch, a tag or a commit.
         dtype: dtype of the matmuls' inputs; see `BertModel`.
         param_dtype: dtype of the parameters; default: `dtype`.
-        add_pooling_layer: whether the model has a pooler; default: if the checkpoint has one.
+        add_pooling_layer: whether a `BertModel` has a pooler; default: if the checkpoint has one.
         remat: see `BertModel`.
         unroll: see `BertModel`.
         sharding: where the parameters go: a device, or a sharding that fits every one of them; default: JAX's default
             device.
         prefix: what stands before the encoder's tensor names, for a file that holds several encoders.
+        untie: give the masked-language-model head the decoder of the file, though the config ties it to the word
+            embeddings.
         ignore: unknown fields of config.json that the caller knows to have no effect on the encoder.
         token: see `hub.resolve`.
         cache_dir: see `hub.resolve`.
@@ -87,34 +80,52 @@ def load_model(
         ConfigError: the configuration is not a BERT encoder's, or not usable.
         CheckpointError: the tensors do not form the model. One error names every problem.
     """
-    folder = hub.resolve(
+    path = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     dtype = check_dtype("dtype", dtype)
     param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
     # The weights first: their format tells most plainly what a folder is.
-    weights = sources.open_weights(folder)
-    config = BertConfig.from_file(folder / "config.json", ignore=ignore)
-    pooled = bert.has_pooler(weights, prefix) if add_pooling_layer is None else add_pooling_layer
+    weights = sources.open_weights(path)
+    config = read_config(weights.folder, ignore)
+    survey = names.survey(weights, prefix)
     options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
-    graphdef, shapes = abstract_model(config, add_pooling_layer=pooled, **options)
-    plan = bert.match(weights, shapes, prefix)
+    if kind is BertModel:
+        options["add_pooling_layer"] = bert.has_pooler(survey) if add_pooling_layer is None else add_pooling_layer
+    elif add_pooling_layer is not None:
+        raise InputError(f"add_pooling_layer applies to BertModel; whether {kind.__name__} has a pooler is settled")
+    elif untie:
+        config = dataclasses.replace(config, extra={**config.extra, "tie_word_embeddings": False})
+    graphdef, shapes = abstract(lambda: kind(config, rngs=nnx.Rngs(0), **options))
+    plan = bert.match(survey, shapes)
     # A pooler is left out only where the caller asks for it; a head is left out because there is nowhere to put it.
     level = logging.WARNING if any("pooler" not in name for name in plan.unused) else logging.INFO
     if plan.unused:
-        logger.log(level, "%s: not used by BertModel: %s", folder, ", ".join(plan.unused))
+        logger.log(level, "%s: not used by %s: %s", weights.folder, kind.__name__, ", ".join(plan.unused))
     model = _fill(graphdef, plan, param_dtype, sharding)
     model.layout = plan.layout
     return model
 
 
+def read_config(folder: Path, ignore: Iterable[str] = ()) -> BertConfig:
+    """Reads a folder's config.json or, as Google's checkpoints have it, bert_config.json; see `BertConfig.from_hf`."""
+    return BertConfig.from_file(config_file(folder), ignore=ignore)
+
+
+def config_file(folder: Path) -> Path:
+    """The folder's configuration file, which need not exist."""
+    google = folder / "bert_config.json"
+    return inside(folder, google.name if google.exists() and not (folder / "config.json").exists() else "config.json")
+
+
 def save_model(
-    model: BertModel,
+    model: Model,
     folder: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
     dtype: DType | None = None,
-    layout: bert.Layout | None = None,
+    layout: Layout | None = None,
+    max_shard_size: int | str | None = None,
     force: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face folder: config.json, safetensors weights and, if given, the tokenizer's files.
@@ -127,7 +138,8 @@ def save_model(
         folder: the folder to make.
         tokenizer: a `Tokenizer` to save beside the weights.
         dtype: dtype to write; default: the parameters'.
-        layout: names to write instead of the checkpoint's; `Layout()` is what transformers writes.
+        layout: names to write instead of the checkpoint's; `Layout()` is what transformers writes for a `BertModel`.
+        max_shard_size: divide the weights into files of at most this size, in bytes or as "5GB".
         force: replace an existing model folder.
 
     Raises:
@@ -135,80 +147,24 @@ def save_model(
         CheckpointError: a parameter is NaN or infinite, or does not fit in `dtype`.
     """
     with atomic_folder(folder, force=force) as temporary:
-        _write_model(model, temporary, tokenizer, dtype, layout or model.layout or bert.Layout())
+        _write_model(model, temporary, tokenizer, dtype, layout or model.layout, max_shard_size)
 
 
 def _write_model(
-    model: BertModel, folder: Path, tokenizer: Tokenizer | None, dtype: DType | None, layout: bert.Layout
+    model: Model,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    dtype: DType | None,
+    layout: Layout | None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     tree = {path: _to_dtype(path, np.asarray(array), dtype) for path, array in parameters(model)}
-    slots = rules.expand(bert.TABLE, {path: array.shape for path, array in tree.items()})
-    _write_config(folder, model.config.to_hf() | {"architectures": ["BertModel"]}, tree.values())
-    _write_weights(folder, bert.export(slots, tree, layout), layout)
+    tensors = bert.tensors_of(bert.slots_of({path: array.shape for path, array in tree.items()}), tree)
+    config = model.config.to_hf() | {"architectures": [type(model).__name__]}
+    write_config(folder, config, next(iter(tree.values())).dtype.name)
+    targets.write_torch(folder, tensors, layout or standard_layout(any(map(is_head, tensors))), max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def convert_checkpoint(
-    source: str | Path,
-    target: str | Path,
-    *,
-    dtype: DType | None = None,
-    force: bool = False,
-    revision: str | None = None,
-    prefix: str | None = None,
-    ignore: Iterable[str] = (),
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> bert.Plan:
-    """Reads a checkpoint folder, maps it to bertjax's parameter tree, and writes it back as a Hugging Face folder.
-
-    Names, dtypes and bytes of the tensors come out as they went in. Tensors of heads, which the encoder has no use
-    for, the tokenizer and the sentence-transformers modules are copied unchanged.
-
-    Args:
-        source: a folder or a repository on the Hub.
-        target: the folder to make.
-        dtype: cast the encoder's weights; default: keep each tensor's dtype.
-        force: replace an existing model folder.
-        revision: for the Hub: a branch, a tag or a commit.
-        prefix: what stands before the encoder's tensor names, for a file that holds several encoders.
-        ignore: unknown fields of config.json that the caller knows to have no effect on the encoder.
-        token: see `hub.resolve`.
-        cache_dir: see `hub.resolve`.
-        local_files_only: see `hub.resolve`.
-
-    Returns:
-        What was mapped to what; `Plan.summary` prints it.
-
-    Raises:
-        SourceError, ConfigError, CheckpointError: see `load_model`.
-    """
-    dtype = None if dtype is None else check_dtype("dtype", dtype)
-    folder = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
-    if folder.resolve().is_relative_to(os.path.realpath(target)):
-        raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
-    weights = sources.open_weights(folder)
-    config = BertConfig.from_file(folder / "config.json", ignore=ignore)
-    _, shapes = abstract_model(config, add_pooling_layer=bert.has_pooler(weights, prefix))
-    plan = bert.match(weights, shapes, prefix)
-    with atomic_folder(target, force=force) as temporary:
-        tree = dict(plan.arrays(dtype))
-        kept = {} if dtype is not None else {tensor.name: tensor.dtype for tensor in plan.tensors}
-        unused = [
-            TensorToWrite(info.name, info.dtype, info.shape, info.read)
-            for info in (weights.tensors[name] for name in plan.unused)
-        ]
-        if dtype is None:
-            shutil.copyfile(folder / "config.json", temporary / "config.json")
-        else:
-            _write_config(temporary, read_json(folder / "config.json", ConfigError), tree.values())
-        _write_weights(temporary, [*bert.export(plan.slots, tree, plan.layout, kept), *unused], plan.layout)
-        if dtype is None and plan.layout.shards:  # the same tensors in the same places
-            shutil.copyfile(folder / files.INDEX_FILE, temporary / files.INDEX_FILE)
-        _copy_side_files(folder, temporary)
-    return plan
 
 
 def load_sentence_encoder(
@@ -254,10 +210,12 @@ def load_sentence_encoder(
     folder = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: is a file, expected a model's folder, which also says how to pool")
     if not (folder / "modules.json").exists():
         # What is no BERT at all is told so, before anybody is asked how to pool it.
         sources.open_weights(folder)
-        BertConfig.from_file(folder / "config.json", ignore=ignore)
+        read_config(folder, ignore)
     spec = read_spec(folder, pooling)
     asked = {"max_seq_length": max_seq_length, "truncate_dim": truncate_dim}
     for name, value in asked.items():
@@ -312,9 +270,8 @@ def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force
         CheckpointError: a parameter is NaN or infinite.
     """
     model = encoder.model
-    layout = model.bert.layout or bert.Layout()
     with atomic_folder(folder, force=force) as temporary:
-        _write_model(model.bert, temporary, encoder.tokenizer, None, layout)
+        _write_model(model.bert, temporary, encoder.tokenizer, None, model.bert.layout)
         for name, content in spec_files(encoder.spec, model.config.hidden_size, encoder.max_seq_length).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -326,8 +283,7 @@ def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force
 def _write_dense(module: Dense, folder: Path) -> None:
     tree = {path: _to_dtype(path, np.asarray(array), None) for path, array in parameters(module)}
     slots = rules.expand(bert.DENSE_TABLE, {path: array.shape for path, array in tree.items()})
-    layout = bert.Layout()
-    files.write_safetensors(folder / files.SINGLE_FILE, bert.export(slots, tree, layout), dict(layout.metadata))
+    targets.write_torch(folder, bert.tensors_of(slots, tree), Layout())
 
 
 def abstract(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict[rules.Path, rules.Shape]]:
@@ -368,42 +324,7 @@ def _to_dtype(path: rules.Path, array: np.ndarray, dtype: DType | None) -> np.nd
     return cast
 
 
-def _write_config(folder: Path, config: Mapping[str, Any], arrays: Iterable[np.ndarray]) -> None:
+def write_config(folder: Path, config: Mapping[str, Any], dtype: str) -> None:
     """Writes config.json; where it names a dtype, it names the one that is written beside it."""
-    dtype = next(iter(arrays)).dtype.name
     config = dict(config) | {field: dtype for field in ("dtype", "torch_dtype") if field in config}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_weights(folder: Path, tensors: list[TensorToWrite], layout: bert.Layout) -> None:
-    """Writes one file, or the shards that the layout names and their index."""
-    metadata = dict(layout.metadata)
-    if not layout.shards:
-        files.write_safetensors(folder / files.SINGLE_FILE, tensors, metadata)
-        return
-    # The layout also knows tensors that are not written: heads, or another encoder's.
-    placed = dict(layout.shards)
-    homeless = [tensor.name for tensor in tensors if tensor.name not in placed]
-    if homeless:
-        raise CheckpointError(f"the layout has no shard for {', '.join(homeless)}; write with layout=Layout()")
-    weight_map = {name: placed[name] for name in sorted(tensor.name for tensor in tensors)}
-    for shard in sorted(set(weight_map.values())):
-        in_shard = [tensor for tensor in tensors if weight_map[tensor.name] == shard]
-        files.write_safetensors(folder / shard, in_shard, metadata)
-    total = sum(int(np.prod(tensor.shape, dtype=np.int64)) * tensor.dtype.itemsize for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / files.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _copy_side_files(source: Path, target: Path) -> None:
-    for pattern in _SIDE_FILES:
-        for path in sorted(source.glob(pattern)):
-            name = path.relative_to(source)
-            try:
-                data = inside(source, name).read_bytes()
-            except SourceError:
-                raise
-            except OSError as problem:
-                raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
-            (target / name).parent.mkdir(exist_ok=True)
-            (target / name).write_bytes(data)

@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from bertjax import hub
-from bertjax.config import BertConfig
-from bertjax.convert import bert, rules, sources
+from bertjax.conversion import read_checkpoint
+from bertjax.convert import bert
 from bertjax.errors import InputError
+from bertjax.heads import BertWithHeads
 from bertjax.model import BertModel
-from bertjax.pretrained import abstract_model, parameters
+from bertjax.pretrained import parameters
 from bertjax.sentence_files import SentenceSpec, read_spec
 
 
@@ -20,10 +21,10 @@ def named_parameters(model: BertModel) -> dict[str, jax.ShapeDtypeStruct]:
 
     Stacked arrays are listed layer by layer: BERT-base has 199 tensors. Raises `InputError` for another module.
     """
-    if not isinstance(model, BertModel):
+    if not isinstance(model, BertModel | BertWithHeads):
         raise InputError(f"expected a BertModel, not a {type(model).__name__}; of an encoder pass encoder.model.bert")
     arrays = dict(parameters(model))
-    slots = rules.expand(bert.TABLE, {path: array.shape for path, array in arrays.items()})
+    slots = bert.slots_of({path: array.shape for path, array in arrays.items()})
     return {slot.name: jax.ShapeDtypeStruct(slot.shape, arrays[slot.path].dtype) for slot in slots}
 
 
@@ -40,6 +41,7 @@ def describe(
     path_or_hub_id: str | Path,
     *,
     list_parameters: bool = False,
+    prefix: str | None = None,
     revision: str | None = None,
     ignore: Iterable[str] = (),
     token: str | bool | None = None,
@@ -50,7 +52,8 @@ def describe(
 
     Args:
         path_or_hub_id: a folder, or a repository on the Hub.
-        list_parameters: also list every tensor of the encoder.
+        list_parameters: also list every tensor.
+        prefix: what stands before the encoder's tensor names, for a file that holds several encoders.
         revision: for the Hub: a branch, a tag or a commit.
         ignore: see `load_model`.
         token: see `hub.resolve`.
@@ -60,26 +63,24 @@ def describe(
     Raises:
         SourceError, ConfigError, CheckpointError: see `load_model`.
     """
-    folder = hub.resolve(
+    path = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    spec = read_spec(folder) if (folder / "modules.json").exists() else None
-    encoder = folder if spec is None else spec.transformer
-    config = BertConfig.from_file(encoder / "config.json", ignore=ignore)
-    weights = sources.open_weights(encoder)
-    _, shapes = abstract_model(config, add_pooling_layer=bert.has_pooler(weights))
-    plan = bert.match(weights, shapes)
-    total = sum(int(np.prod(tensor.shape, dtype=np.int64)) for tensor in plan.tensors)
+    spec = read_spec(path) if (path / "modules.json").exists() else None
+    checkpoint = read_checkpoint(path if spec is None else spec.transformer, prefix=prefix, ignore=ignore)
+    config, plan, weights = checkpoint.config, checkpoint.plan, checkpoint.weights
+    total = sum(tensor.count for tensor in plan.tensors)
     dtypes = ", ".join(sorted({tensor.dtype.name for tensor in plan.tensors}))
     lines = [
-        f"folder     {folder}",
+        f"path       {path}",
         f"encoder    BERT, {config.num_hidden_layers} layers, hidden {config.hidden_size}, "
         f"{config.num_attention_heads} heads, feed-forward {config.intermediate_size}, {config.hidden_act}",
         f"inputs     vocabulary {config.vocab_size}, {config.max_position_embeddings} positions, "
         f"{config.type_vocab_size} token type(s)",
         f"parameters {len(plan.tensors)} tensors, {total:,} parameters, {dtypes}, "
-        f"{'with' if bert.has_pooler(weights) else 'without'} pooler",
-        f"files      {', '.join(weights.files)}, {weights.nbytes / 1e6:.1f} MB",
+        f"{'with' if bert.has_pooler(checkpoint.survey) else 'without'} pooler",
+        f"heads      {', '.join(sorted(bert.heads_in(checkpoint.survey))) or 'none'}",
+        f"files      {weights.format}, {', '.join(weights.files[:8])}, {weights.nbytes / 1e6:.1f} MB",
         f"unused     {', '.join(plan.unused) or 'none'}",
         f"sentences  {_describe_sentences(spec)}",
     ]

@@ -228,4 +228,4 @@ def test_a_signal_leaves_nothing_behind(sentence_folder, tmp_path, number):
 def test_the_checkouts_converter_names_itself():
     root = GOLDEN[0].parents[3]
     done = subprocess.run([sys.executable, "-m", "convert", "--help"], cwd=root, capture_output=True, text=True)
-    assert done.stdout.startswith("Usage: python -m convert [OPTIONS] SOURCE TARGET")
+    assert done.stdout.startswith("Usage: python -m convert [OPTIONS] SOURCE [TARGET]")

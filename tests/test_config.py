@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from oracle import require
 
 from bertjax import BertConfig
-from bertjax.config import ACTIVATIONS, PRESETS
+from bertjax.config import ACTIVATIONS, POSITION_EMBEDDING_TYPES, PRESETS
 from bertjax.errors import CheckpointError, ConfigError, SourceError
 from bertjax.json_files import read_json
 from bertjax.pretrained import abstract_model
@@ -121,7 +121,7 @@ REFUSED = [
     *(("initializer_range", value) for value in (-1e-9, math.inf, math.nan, "0.02", HUGE)),
     *(("layer_norm_eps", value) for value in (0, -1e-12, 1, math.nan, "1e-12", None, HUGE, -HUGE)),
     *(("pad_token_id", value) for value in (-1, 30522, 0.0, "0", True)),
-    *(("position_embedding_type", value) for value in ("relative_key", "relative_key_query", None, 1)),
+    *(("position_embedding_type", value) for value in ("relative", "rotary", None, 1, ["relative_key"])),
 ]
 FOREIGN = [
     *(("model_type", value) for value in ("roberta", "xlm-roberta", "distilbert", "electra", None, 1, ["bert"])),
@@ -216,3 +216,52 @@ def test_a_missing_or_enormous_file_is_refused(tmp_path):
 
 def test_golden_configurations_are_read():
     assert len({BertConfig.from_file(folder / "config.json") for folder in GOLDEN}) == len(GOLDEN)
+
+
+@pytest.mark.parametrize("kind", POSITION_EMBEDDING_TYPES)
+def test_every_kind_of_position_is_read_and_comes_back(kind):
+    config = BertConfig.from_hf({"position_embedding_type": kind})
+    assert config.position_embedding_type == config.to_hf()["position_embedding_type"] == kind
+
+
+LABELS = {"0": "a", "1": "b", "2": "c"}
+
+
+def test_what_heads_need_is_read_when_it_is_asked():
+    config = BertConfig(hidden_dropout_prob=0.3)
+    assert (config.num_labels, config.classifier_dropout, config.tie_word_embeddings) == (2, 0.3, True)
+    config = BertConfig.from_hf({"id2label": LABELS, "classifier_dropout": 0, "tie_word_embeddings": False})
+    assert (config.num_labels, config.classifier_dropout, config.tie_word_embeddings) == (3, 0, False)
+    for fields in (
+        {"num_labels": 5},
+        {"num_labels": 5, "id2label": None},
+        {"num_labels": 5, "id2label": LABELS | {"3": "d", "4": "e"}},
+    ):
+        assert BertConfig.from_hf(fields).num_labels == 5
+    assert BertConfig.from_hf({"classifier_dropout": None}).classifier_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("num_labels", {"num_labels": 2, "id2label": LABELS}, "num_labels=2 but id2label names 3 labels"),
+        *(("num_labels", {"num_labels": value}, "num_labels=") for value in (0, -1, True, 2.0, "2", HUGE)),
+        *(("num_labels", {"id2label": value}, "id2label=") for value in ({}, [], ["a"], 3, "abc")),
+        *(
+            ("classifier_dropout", {"classifier_dropout": value}, "classifier_dropout=")
+            for value in (1, -0.1, "0.1", True)
+        ),
+        *(("tie_word_embeddings", {"tie_word_embeddings": value}, "tie_word_embeddings=") for value in (None, 1, "no")),
+    ],
+    ids=identify,
+)
+def test_what_heads_need_is_refused_when_it_is_asked(name, fields, message):
+    config = BertConfig.from_hf(fields)  # of no consequence to the encoder
+    with pytest.raises(ConfigError, match=message):
+        getattr(config, name)
+
+
+def test_labels_are_counted_as_transformers_counts_them():
+    for written in (*WRITTEN["transformers-4.57.1"], *WRITTEN["transformers-5.23.0"]):
+        theirs = require("transformers").BertConfig.from_dict(written)
+        assert BertConfig.from_hf(written).num_labels == theirs.num_labels

@@ -157,9 +157,10 @@ def test_an_empty_name_is_not_this_folder():
         resolve("")
 
 
-def test_a_file_is_not_a_folder():
-    with pytest.raises(SourceError, match="is a file, expected a folder"):
-        resolve(FOLDER / "config.json")
+def test_a_file_or_the_prefix_of_one_is_itself(tmp_path):
+    assert resolve(FOLDER / "model.safetensors") == FOLDER / "model.safetensors"
+    (tmp_path / "bert.ckpt.index").touch()
+    assert resolve(str(tmp_path / "bert.ckpt")) == tmp_path / "bert.ckpt"
 
 
 def test_a_revision_of_a_local_folder_is_refused():

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from oracle import require
 
 from bertjax import BertConfig, BertModel, functional, named_parameters, parameter_table
+from bertjax.attention import relative_bias
 from bertjax.errors import ConfigError, InputError
 from bertjax.layers import ACTIVATION_FUNCTIONS
 from bertjax.sentence import POOLING_MODES, Normalize, SentenceModel
@@ -156,6 +157,83 @@ def test_segments_and_padding_mask_combine():
     mask = np.array([[1, 1, 1, 0, 0, 1, 1, 1, 1, 1]])
     output = model(ids, mask, segment_ids=segments).last_hidden_state
     np.testing.assert_allclose(output[0, :3], model(ids[:, :3]).last_hidden_state[0], rtol=0, atol=1e-5)
+
+
+RELATIVE = [dataclasses.replace(TINY, position_embedding_type=kind) for kind in ("relative_key", "relative_key_query")]
+relative = pytest.mark.parametrize("config", RELATIVE, ids=lambda config: config.position_embedding_type)
+
+
+def relative_bias_by_the_book(query, key, table, with_keys):
+    """Shaw et al., equation 5, with an embedding for every pair of tokens, in float64."""
+    query, key, table = (np.asarray(array, np.float64) for array in (query, key, table))
+    place = np.arange(query.shape[1])
+    distances = place[:, None] - place[None] + (len(table) - 1) // 2
+    pairs = table[distances.clip(0, len(table) - 1)]
+    bias = np.einsum("blhd,lrd->bhlr", query, pairs)
+    if with_keys:
+        bias += np.einsum("brhd,lrd->bhlr", key, pairs)
+    return bias / math.sqrt(query.shape[-1])
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 6, 7, 20])  # the table holds six positions
+@pytest.mark.parametrize("with_keys", [False, True])
+def test_relative_bias_is_the_papers(length, with_keys):
+    rng = np.random.default_rng(length)
+    query, key = rng.normal(size=(2, 3, length, 2, 8)).astype(np.float32)
+    table = rng.normal(size=(11, 8)).astype(np.float32)
+    expected = relative_bias_by_the_book(query, key, table, with_keys)
+    found = jax.jit(relative_bias, static_argnames="with_keys")(query, key, table, with_keys=with_keys)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+    half = relative_bias(*(jnp.bfloat16(array) for array in (query, key, table)), with_keys=with_keys)
+    assert half.dtype == jnp.float32
+    np.testing.assert_allclose(half, expected, rtol=0, atol=0.1)
+
+
+@relative
+def test_relative_positions_with_padding_packing_jit_and_lower_precision(config):
+    model = tiny(config)
+    parts = [random_ids((1, n), seed=n) for n in (40, 25)]  # 40 is all the positions there are
+    alone = [model(part).last_hidden_state[0] for part in parts]
+    packed = np.concatenate([*parts, np.zeros((1, 15), int)], axis=1)
+    output = model(packed, segment_ids=np.repeat([[1, 2, 0]], [40, 25, 15], axis=1)).last_hidden_state[0]
+    np.testing.assert_allclose(output[:65], np.concatenate(alone), rtol=0, atol=1e-5)
+    padded, mask = np.full((1, 40), 7), np.zeros((1, 40), int)
+    padded[:, :25], mask[:, :25] = parts[1], 1
+    jitted = jax.jit(lambda model, *ids: model(*ids).last_hidden_state)(model, padded, mask)
+    np.testing.assert_allclose(jitted[0, :25], alone[1], rtol=0, atol=1e-5)
+    half = tiny(config, dtype=jnp.bfloat16)(parts[1]).last_hidden_state[0]
+    assert 0 < float(jnp.abs(half - alone[1]).max()) < 64 * float(jnp.finfo(jnp.bfloat16).eps)
+
+
+@relative
+def test_relative_positions_count(config):
+    model, ids = tiny(config), random_ids((1, 9))
+    output = model(ids).last_hidden_state[0]
+    assert float(jnp.abs(model(ids[:, ::-1]).last_hidden_state[0, ::-1] - output).max()) > 1e-2
+    apply, params = functional(model)
+    gradients = jax.grad(lambda params: jnp.square(apply(params, ids).pooler_output).sum())(params)
+    # every layer learns the distances from -8 to 8 and no other, and nothing learns absolute positions
+    learnt = jnp.abs(gradients["encoder"]["layers"]["attention"]["distance_embedding"]["embedding"]).max(-1) > 0
+    np.testing.assert_array_equal(learnt[0], np.abs(np.arange(79) - 39) <= 8)
+    assert not gradients["embeddings"]["position_embeddings"]["embedding"].any()
+
+
+def test_relative_positions_leave_no_choice_of_position_ids():
+    model, ids = tiny(RELATIVE[0]), random_ids((2, 9))
+    expected = model(ids).last_hidden_state
+    counted = np.arange(9) + np.array([[0], [5]])
+    np.testing.assert_allclose(model(ids, position_ids=counted).last_hidden_state, expected, rtol=0, atol=1e-5)
+    mask, segments = np.ones_like(ids), np.repeat([[1, 2, 0]], [5, 3, 1], axis=1).repeat(2, axis=0)
+    mask[0, 3] = 0
+    model(ids, mask, None, np.array([[0, 1, 2, 0, 4, 0, 1, 2, 9], [0, 1, 2, 3, 4, 0, 1, 2, 0]]), segments)
+    for wrong, options, where in (
+        (np.zeros_like(ids), {}, r"\[0, 1\] is 0"),
+        (counted[:, ::-1], {}, r"\[0, 1\] is 7"),
+        (np.array([[0, 1, 2, 0, 3, 5, 6, 7, 8]] * 2), {"attention_mask": mask}, r"\[0, 4\] is 3"),
+        (np.array([[0, 1, 2, 3, 4, 0, 1, 3, 0]] * 2), {"segment_ids": segments}, r"\[0, 7\] is 3"),
+    ):
+        with pytest.raises(InputError, match=rf"position_ids{where}, but the model's positions are relative"):
+            model(ids, position_ids=wrong, **options)
 
 
 def test_unroll_and_remat_change_nothing():

@@ -18,11 +18,12 @@ from oracle import require
 from safetensors.numpy import load_file, save_file
 
 from bertjax import BertConfig, BertModel
-from bertjax.convert.bert import Layout
+from bertjax.conversion import convert_checkpoint
 from bertjax.convert.files import INDEX_FILE, SINGLE_FILE
+from bertjax.convert.layout import Layout, is_head
 from bertjax.convert.sources import open_weights
 from bertjax.errors import CheckpointError, ConfigError, SourceError
-from bertjax.pretrained import convert_checkpoint, parameters
+from bertjax.pretrained import parameters
 
 PLAIN = DATA / "golden" / "plain"
 CONFIG = BertConfig.from_file(PLAIN / "config.json")
@@ -81,10 +82,10 @@ CASES += [(kind, dtype) for kind in ("BertModel", "BertForMaskedLM") for dtype i
 @pytest.mark.parametrize(("kind", "dtype"), CASES)
 def test_torch_to_bertjax_to_torch_keeps_every_byte(kind, options, dtype, tmp_path):
     model = torch_model(kind, tmp_path / "torch", dtype, **options)
-    plan = convert_checkpoint(tmp_path / "torch", tmp_path / "converted")
+    plan = convert_checkpoint(tmp_path / "torch", tmp_path / "converted").checkpoint.plan
     assert (len(list((tmp_path / "torch").glob("*.safetensors"))) > 1) == bool(options)
     assert digests(tmp_path / "converted") == digests(tmp_path / "torch")
-    assert bool(plan.unused) == (not kind.startswith("BertModel"))
+    assert plan.unused == ()
 
     if dtype == "float64":  # no model computes in it
         return
@@ -92,7 +93,8 @@ def test_torch_to_bertjax_to_torch_keeps_every_byte(kind, options, dtype, tmp_pa
     assert (loaded.pooler is None) == (model.base_model.pooler is None)
     loaded.save_pretrained(tmp_path / "saved")
     before = weights_of(tmp_path / "torch")
-    assert weights_of(tmp_path / "saved") == {name: before[name] for name in before if name not in plan.unused}
+    encoder = [name for name in before if not is_head(name)]
+    assert weights_of(tmp_path / "saved") == {name: before[name] for name in encoder}
     if kind.startswith("BertModel"):
         files = digests(tmp_path / "torch")
         saved = digests(tmp_path / "saved")
@@ -132,6 +134,13 @@ def test_a_new_model_is_written_as_transformers_would(tmp_path):
     assert digests(tmp_path / "ours")[SINGLE_FILE] == digests(tmp_path / "theirs")[SINGLE_FILE]
 
 
+PREDICTIONS = {
+    "cls.predictions.bias": np.ones(40, np.float16),
+    "cls.predictions.transform.dense.weight": np.ones((16, 16), np.float32),
+    "cls.predictions.transform.dense.bias": np.ones(16, np.float32),
+    "cls.predictions.transform.LayerNorm.weight": np.ones(16, np.float32),
+    "cls.predictions.transform.LayerNorm.bias": np.ones(16, np.float32),
+}
 SPELLINGS = {
     "modern": lambda name: name,
     "bert.": lambda name: "bert." + name,
@@ -149,7 +158,8 @@ def test_every_spelling_comes_back(spelling, buffers, tmp_path):
     tensors = plain_tensors(change)
     if buffers:
         tensors[change("embeddings.position_ids")] = np.arange(24)[None]
-    heads = {change("").removesuffix("bert.") + "cls.predictions.bias": np.ones(40, np.float16)}
+    heads = {change("").removesuffix("bert.") + change(name).split("bert.")[-1].removeprefix("module."): array
+             for name, array in PREDICTIONS.items()}  # fmt: skip
     make_folder(tmp_path / "in", tensors | heads)
     convert_checkpoint(tmp_path / "in", tmp_path / "converted")
     assert digests(tmp_path / "converted") == digests(tmp_path / "in")
@@ -195,13 +205,12 @@ def shard(folder, tensors, count=3):
 def test_shards_without_the_heads_are_a_checkpoint_again(count, tmp_path):
     tensors = plain_tensors(SPELLINGS["bert."])
     folder = make_folder(tmp_path / "in", tensors)
-    shard(folder, tensors | {"cls.predictions.bias": np.zeros(40, np.float32)}, count)
+    shard(folder, tensors | PREDICTIONS, count)
     convert_checkpoint(folder, tmp_path / "converted")
     assert digests(tmp_path / "converted") == digests(folder)
     BertModel.from_pretrained(folder).save_pretrained(tmp_path / "saved")
     before = weights_of(folder)
-    del before["cls.predictions.bias"]
-    assert weights_of(tmp_path / "saved") == before
+    assert weights_of(tmp_path / "saved") == {name: before[name] for name in tensors}
     index = json.loads((tmp_path / "saved" / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
 
@@ -226,8 +235,10 @@ def test_one_of_two_encoders_is_chosen_by_prefix(tmp_path):
     assert BertModel.from_pretrained(folder, prefix="passage.").pooler is None
     query.save_pretrained(tmp_path / "query")
     assert weights_of(tmp_path / "query").keys() == {name for name in tensors if name.startswith("query.")}
-    convert_checkpoint(folder, tmp_path / "out", prefix="passage.")
-    assert digests(tmp_path / "out") == digests(folder)
+    conversion = convert_checkpoint(folder, tmp_path / "out", prefix="passage.")
+    before, passage = weights_of(folder), {name for name in tensors if name.startswith("passage.")}
+    assert weights_of(tmp_path / "out") == {name: before[name] for name in passage}
+    assert set(conversion.checkpoint.plan.unused) == tensors.keys() - passage
 
 
 def test_a_pooler_is_there_if_the_file_has_one_and_never_made_up(tmp_path):

@@ -1,8 +1,7 @@
-"""BERT's mapping: the table, the spellings found in the wild, and the plan that matches a file to a model.
+"""BERT's mapping: the table, and the plan that matches a file's tensors to a model's parameters.
 
-A file is read under one spelling, decided once for the whole file and kept in a `Layout`, so that an export can give
-the same names back. Every tensor of a file ends up loaded, kept aside as a buffer, or named as unused; anything else
-is an error, and one error names everything that is wrong.
+Every tensor of a file ends up loaded, tied to another, kept aside as a buffer, or named as unused; anything else is an
+error, and one error names everything that is wrong.
 """
 
 import dataclasses
@@ -11,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from bertjax.convert.rules import EMBED, LINEAR, NORM, Path, Row, Shape, Slot, by_array, expand
+from bertjax.convert.layout import POSITION_IDS, TIES, TOKEN_TYPE_IDS, Layout, is_buffer_shape
+from bertjax.convert.names import Survey
+from bertjax.convert.rules import BIAS, EMBED, KERNEL, LINEAR, NORM, Path, Row, Shape, Slot, by_array, expand
 from bertjax.convert.tensors import DTYPE_NAMES, TensorInfo, TensorToWrite, WeightFiles, enumerate_problems
 from bertjax.errors import CheckpointError
 
@@ -27,6 +28,7 @@ TABLE = (
     Row(f"{_LAYER}.attention.self.query", (*_STACK, "attention", "query"), LINEAR),
     Row(f"{_LAYER}.attention.self.key", (*_STACK, "attention", "key"), LINEAR),
     Row(f"{_LAYER}.attention.self.value", (*_STACK, "attention", "value"), LINEAR),
+    Row(f"{_LAYER}.attention.self.distance_embedding", (*_STACK, "attention", "distance_embedding"), EMBED),
     Row(f"{_LAYER}.attention.output.dense", (*_STACK, "attention", "output"), LINEAR),
     Row(f"{_LAYER}.attention.output.LayerNorm", (*_STACK, "attention_norm"), NORM),
     Row(f"{_LAYER}.intermediate.dense", (*_STACK, "feed_forward", "intermediate"), LINEAR),
@@ -35,61 +37,37 @@ TABLE = (
     Row("pooler.dense", ("pooler", "dense"), LINEAR),
 )
 
+_HEADS = (
+    Row("cls.predictions.transform.dense", ("predictions", "transform", "dense"), LINEAR),
+    Row("cls.predictions.transform.LayerNorm", ("predictions", "transform", "layer_norm"), NORM),
+    Row("cls.predictions", ("predictions",), BIAS),
+    Row("cls.predictions.decoder", ("predictions", "decoder"), KERNEL),  # only where it is not the word embeddings
+    Row("cls.seq_relationship", ("seq_relationship",), LINEAR),
+    Row("classifier", ("classifier",), LINEAR),
+    Row("qa_outputs", ("qa_outputs",), LINEAR),
+)
+
+#: BERT with heads, whose tree has the encoder under "bert".
+HEADS_TABLE = tuple(row._replace(path=("bert", *row.path)) for row in TABLE) + _HEADS
+
 #: A sentence-transformers Dense module.
 DENSE_TABLE = (Row("linear", ("linear",), LINEAR), Row("residual", ("residual",), LINEAR))
 
-# Buffers that old versions of transformers saved among the weights. They hold no information, which is checked.
-_POSITION_IDS = "embeddings.position_ids"
-_TOKEN_TYPE_IDS = "embeddings.token_type_ids"
-
-# Tensors of BERT's heads, outside the encoder.
-_HEAD = re.compile(
-    r"cls\.predictions\.(bias|decoder\.(weight|bias)|transform\.(dense|LayerNorm)\.(weight|bias))"
-    r"|cls\.seq_relationship\.(weight|bias)|classifier\.(weight|bias)|qa_outputs\.(weight|bias)"
-)
 _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
-_ANCHOR = "embeddings.word_embeddings.weight"
-_LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-_MAX_ENCODERS = 16  # in one file; a limit only so that looking for them takes linear time
-_MAX_BUFFER = 1 << 20  # positions
+_DECODER = "cls.predictions.decoder.weight"
+_PREDICTIONS = "cls.predictions.bias"  # the tensor that every masked-language-model head has
+_HEAD_OF = {f"{row.torch}.{leaf.torch}": row.path[0] for row in _HEADS for leaf in row.kind}
 _QUANTISED = re.compile(r"\.(SCB|weight_format|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\S*)$")
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a checkpoint spells and divides its tensors; what an export needs to give the same file back.
+def heads_in(survey: Survey) -> frozenset[str]:
+    """The heads of which a checkpoint has a tensor: predictions, seq_relationship, classifier, qa_outputs."""
+    return frozenset(_HEAD_OF[name] for name in survey.tensors if name in _HEAD_OF)
 
-    Attributes:
-        prefix: what stands before the encoder's names, for instance "bert.".
-        legacy_norm: LayerNorm parameters are called gamma and beta.
-        buffers: buffers saved among the weights: full name, shape and dtype.
-        shards: for a sharded checkpoint, the file of every tensor by full name.
-        metadata: the free-form strings of the file's header.
-    """
 
-    prefix: str = ""
-    legacy_norm: bool = False
-    buffers: tuple[tuple[str, Shape, str], ...] = ()
-    shards: tuple[tuple[str, str], ...] = dataclasses.field(default=(), repr=False)
-    metadata: tuple[tuple[str, str], ...] = (("format", "pt"),)
-
-    def spell(self, name: str) -> str:
-        """The file's name for one of the encoder's tensors."""
-        if self.legacy_norm:
-            for legacy, modern in _LEGACY.items():
-                if name.endswith(modern):
-                    name = name.removesuffix(modern) + legacy
-        return self.prefix + name
-
-    def canonical(self, name: str) -> str:
-        """The inverse of `spell`; heads stand outside the encoder's "bert." and keep their own names."""
-        outer = self.prefix.removesuffix("bert.")
-        name = name.removeprefix(self.prefix) if name.startswith(self.prefix) else name.removeprefix(outer)
-        if self.legacy_norm:
-            for legacy, modern in _LEGACY.items():
-                if name.endswith(legacy):
-                    name = name.removesuffix(legacy) + modern
-        return name
+def has_pooler(survey: Survey) -> bool:
+    """Whether the checkpoint's encoder has a pooler, or a part of one."""
+    return any(name in survey.tensors for name in _POOLER)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +75,10 @@ class Plan:
     """What becomes of every tensor of a file.
 
     Attributes:
-        slots: the encoder's tensors and where each lives in the parameter tree.
+        slots: the model's tensors and where each lives in the parameter tree.
         tensors: the file's tensor for each slot, in the same order.
-        unused: names of the file's tensors that the model has no use for (heads).
-        layout: the file's spelling.
+        unused: the file's names of tensors that the model has no use for (heads, other encoders).
+        layout: the file's spelling, with its ties and buffers.
     """
 
     slots: tuple[Slot, ...]
@@ -124,25 +102,36 @@ class Plan:
         tensors = {slot.name: tensor for slot, tensor in self.pairs()}
         for path, slots in by_array(self.slots).items():
             infos = [tensors[slot.name] for slot in slots]
-            target = dtype or _widest({info.dtype for info in infos})
+            target = dtype or widest({info.dtype for info in infos})
             yield path, _read_array(slots, infos, target)
+
+    def to_write(self, dtype: np.dtype | None = None) -> dict[str, TensorToWrite]:
+        """The model's tensors by bertjax's names, in the file's order, each to be read when its turn comes.
+
+        Args:
+            dtype: dtype to write; None keeps each tensor's.
+        """
+        ordered = sorted(self.pairs(), key=lambda pair: (pair[1].file, pair[1].offset))
+        return {slot.name: _copied(slot.name, info, dtype) for slot, info in ordered}
 
     def summary(self) -> str:
         """A report of what was mapped, tied and left unused, with a total, for a person to read."""
         infos = {slot.name: tensor for slot, tensor in self.pairs()}
         groups = by_array(self.slots)
         lines = [_describe_group(path, slots, infos) for path, slots in groups.items()]
-        total = sum(int(np.prod(info.shape, dtype=np.int64)) for info in self.tensors)
+        total = sum(info.count for info in self.tensors)
         dtypes = ", ".join(sorted({DTYPE_NAMES[info.dtype] for info in self.tensors}))
         norms = "gamma and beta" if self.layout.legacy_norm else "weight and bias"
         buffers = ", ".join(name for name, _, _ in self.layout.buffers)
+        ties = ", ".join(f"{self.layout.spell(name)} to {self.layout.spell(TIES[name])}" for name in self.layout.ties)
+        odd = ", ".join(f"{spelling} for {name}" for name, spelling in self.layout.spellings[:20])
         return "\n".join(
             [
                 *lines,
                 "",
                 f"mapped   {len(self.slots)} tensors to {len(groups)} arrays, {total:,} parameters, {dtypes}",
-                f"spelling prefix {self.layout.prefix!r}, LayerNorm {norms}",
-                "tied     none",
+                f"spelling prefix {self.layout.prefix!r}, LayerNorm {norms}{f', {odd}' if odd else ''}",
+                f"tied     {ties or 'none'}",
                 f"buffers  {buffers or 'none'}",
                 f"unused   {', '.join(self.unused) or 'none'}",
             ]
@@ -159,7 +148,7 @@ def _describe_group(path: Path, slots: list[Slot], infos: Mapping[str, TensorInf
     return f"{name} [{shape}] -> {'/'.join(path)}{f'  ({how})' if how else ''}"
 
 
-def _widest(dtypes: set[np.dtype]) -> np.dtype:
+def widest(dtypes: set[np.dtype]) -> np.dtype:
     """The dtype that holds all of several floating-point dtypes exactly."""
     if len(dtypes) == 1:
         return next(iter(dtypes))
@@ -177,12 +166,40 @@ def _read_array(slots: list[Slot], infos: list[TensorInfo], dtype: np.dtype) -> 
         view = slot.view(array)
         with np.errstate(over="ignore"):  # an overflow is found, and named, by the next check
             view[...] = tensor
-        if not np.isfinite(view).all():
-            where = f"{info.file}: tensor {info.name!r}"
-            if np.isfinite(tensor).all():
-                raise CheckpointError(f"{where} does not fit in {np.dtype(dtype).name}; load it in a wider dtype")
-            raise CheckpointError(f"{where} holds NaN or infinity; the checkpoint is damaged")
+        _check_finite(info, tensor, view)
     return array
+
+
+def _copied(name: str, info: TensorInfo, dtype: np.dtype | None) -> TensorToWrite:
+    """A tensor to be written as it is read, or cast."""
+    target = info.dtype if dtype is None else np.dtype(dtype)
+
+    def make() -> np.ndarray:
+        tensor = info.read()
+        with np.errstate(over="ignore"):
+            cast = tensor.astype(target, copy=False)
+        _check_finite(info, tensor, cast)
+        return cast
+
+    return TensorToWrite(name, target, info.shape, make)
+
+
+def _check_finite(info: TensorInfo, tensor: np.ndarray, cast: np.ndarray) -> None:
+    """Refuses NaN and infinity in what was read, or in what became of it in another dtype."""
+    if is_finite(cast):
+        return
+    where = f"{info.file}: tensor {info.name!r}"
+    if is_finite(tensor):
+        raise CheckpointError(f"{where} does not fit in {cast.dtype.name}; load it in a wider dtype")
+    raise CheckpointError(f"{where} holds NaN or infinity; the checkpoint is damaged")
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite."""
+    # NaN and infinity survive a sum, so a finite sum says all at the price of one pass; one that is not may also have
+    # overflowed, and then every element is looked at.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
 
 
 def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
@@ -193,43 +210,46 @@ def aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def match(weights: WeightFiles, shapes: Mapping[Path, Shape], prefix: str | None = None) -> Plan:
+def slots_of(shapes: Mapping[Path, Shape]) -> tuple[Slot, ...]:
+    """The slots of a model with this parameter tree, with or without heads; see `rules.expand` for the errors."""
+    return tuple(expand(HEADS_TABLE if any(path[0] == "bert" for path in shapes) else TABLE, shapes))
+
+
+def match(survey: Survey, shapes: Mapping[Path, Shape]) -> Plan:
     """Matches the tensors of a file to a model's parameter tree.
 
     Args:
-        weights: the file's tensors.
+        survey: the file's tensors by bertjax's names.
         shapes: the shape of every array of the parameter tree.
-        prefix: what stands before the encoder's names, for a file that holds more than one encoder; the tensors of
-            the others are unused.
 
     Raises:
-        CheckpointError: a tensor is missing, unexpected, quantised or of another shape, spellings are mixed, or there
-            are several encoders. One error names every problem.
+        CheckpointError: a tensor is missing, unexpected, quantised or of another shape, or differs from the one that
+            it is tied to. One error names every problem.
     """
-    slots = expand(TABLE, shapes)
-    prefix = _find_prefix(weights, prefix)
-    others = _names_of_others(weights, prefix)
-    layout = _layout(weights, prefix, others)
-    pooler = {prefix + name for name in _POOLER}
-    by_name = {layout.spell(slot.name): slot for slot in slots}
-    buffers = {name for name, _, _ in layout.buffers}
-    missing = [name for name in by_name if name not in weights.tensors]
-    unused, problems = [], []
-    for name, tensor in weights.tensors.items():
-        canonical = layout.canonical(name)
-        if name in by_name:
-            problems += _tensor_problems(by_name[name], tensor)
+    slots = {slot.name: slot for slot in slots_of(shapes)}
+    layout = survey.layout()
+    ties = tuple(name for name in TIES if name in survey.tensors and name not in slots and _PREDICTIONS in slots)
+    buffers = tuple(name for name in (POSITION_IDS, TOKEN_TYPE_IDS) if name in survey.tensors)
+    used = {*slots, *ties, *buffers}
+    unused = [info.name for name, info in survey.tensors.items() if name not in used]
+    problems = [f"{layout.spell(name)}: missing" for name in slots if name not in survey.tensors]
+    for name, info in survey.tensors.items():
+        if name in slots:
+            problems += _tensor_problems(slots[name], info)
         elif name in buffers:
-            problems += _buffer_problems(canonical, tensor)
-        elif name in others or name in pooler or _HEAD.fullmatch(canonical):
-            unused.append(name)
-        elif _QUANTISED.search(name):
-            problems.append(f"{name}: quantised weights are not supported; use the original model")
-        else:
-            problems.append(_unexpected(tensor))
-    _raise_if(weights, [f"{name}: missing" for name in missing] + problems, len(slots))
-    tensors = tuple(weights.tensors[name] for name in by_name)
-    return Plan(tuple(slots), tensors, tuple(unused), layout)
+            problems += _buffer_problems(name, info)
+        elif name in ties:
+            problems += _tie_problems(name, info, survey.tensors.get(TIES[name]))
+        elif name not in _HEAD_OF and name not in TIES and name not in _POOLER:
+            problems.append(_unexpected(info))
+    problems += [_unexpected(info) for info in survey.strange]
+    raise_if(survey.weights, problems, len(slots))
+    found = tuple(
+        (survey.tensors[name].name, survey.tensors[name].shape, survey.tensors[name].dtype.name) for name in buffers
+    )
+    layout = survey.weights.layout or dataclasses.replace(layout, ties=ties, buffers=found)
+    tensors = tuple(survey.tensors[name] for name in slots)
+    return Plan(tuple(slots.values()), tensors, (*unused, *survey.others), layout)
 
 
 def match_exactly(weights: WeightFiles, slots: list[Slot]) -> Plan:
@@ -238,21 +258,18 @@ def match_exactly(weights: WeightFiles, slots: list[Slot]) -> Plan:
     problems = [f"{name}: missing" for name in by_name if name not in weights.tensors]
     for name, tensor in weights.tensors.items():
         problems += _tensor_problems(by_name[name], tensor) if name in by_name else [_unexpected(tensor)]
-    _raise_if(weights, problems, len(slots))
+    raise_if(weights, problems, len(slots))
     return Plan(tuple(slots), tuple(weights.tensors[name] for name in by_name), (), Layout())
 
 
-def has_pooler(weights: WeightFiles, prefix: str | None = None) -> bool:
-    """Whether the file's encoder has a pooler, or a part of one; see `match` for the prefix and the errors."""
-    prefix = _find_prefix(weights, prefix)
-    return any(prefix + name in weights.tensors for name in _POOLER)
-
-
 def _unexpected(tensor: TensorInfo) -> str:
+    if _QUANTISED.search(tensor.name):
+        return f"{tensor.name}: quantised weights are not supported; use the original model"
     return f"{tensor.name}: unexpected tensor {DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}"
 
 
-def _raise_if(weights: WeightFiles, problems: list[str], expected: int) -> None:
+def raise_if(weights: WeightFiles, problems: list[str], expected: int) -> None:
+    """Raises a `CheckpointError` that names all problems, if there are any."""
     if problems:
         raise CheckpointError(
             f"{weights.folder}: {len(problems)} problem(s) with the tensors, against a model of {expected} tensors: "
@@ -269,106 +286,67 @@ def _tensor_problems(slot: Slot, tensor: TensorInfo) -> list[str]:
     return problems
 
 
-def _buffer_problems(canonical: str, tensor: TensorInfo) -> list[str]:
-    if tensor.dtype.kind not in "iu" or tensor.shape[:-1] != (1,) or tensor.shape[-1] > _MAX_BUFFER:
+def _tie_problems(name: str, tensor: TensorInfo, target: TensorInfo | None) -> list[str]:
+    """A tied tensor must repeat its target to the byte."""
+    if target is None:
+        return []  # named as missing
+    if (tensor.shape, tensor.dtype) == (target.shape, target.dtype):
+        if (tensor.file, tensor.offset, tensor.strides) == (target.file, target.offset, target.strides):
+            return []
+        if np.array_equal(*(np.ascontiguousarray(each.read()).reshape(-1).view(np.uint8) for each in (tensor, target))):
+            return []
+    advice = "one of the two is wrong"
+    if name == _DECODER:
+        advice = "the config ties the two (tie_word_embeddings); to keep both, untie them (untie=True, --untie)"
+    return [f"{tensor.name}: differs from {target.name}; {advice}"]
+
+
+def _buffer_problems(name: str, tensor: TensorInfo) -> list[str]:
+    if tensor.dtype.kind not in "iu" or not is_buffer_shape(tensor.shape):
         found = f"{DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}"
         return [f"{tensor.name}: is {found}, expected integers [1, positions]"]
-    if np.array_equal(tensor.read(), _buffer(canonical, tensor.shape, np.dtype(np.int64))):
+    if np.array_equal(tensor.read(), _buffer(name, tensor.shape, np.dtype(np.int64))):
         return []
-    what = "0, 1, 2, ..." if canonical == _POSITION_IDS else "zeros"
+    what = "0, 1, 2, ..." if name == POSITION_IDS else "zeros"
     return [f"{tensor.name}: expected {what}; this model numbers its positions or segments in its own way"]
 
 
-def _buffer(canonical: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
+def _buffer(name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
     count = int(np.prod(shape, dtype=np.int64))
-    values = np.arange(count) if canonical == _POSITION_IDS else np.zeros(count)
+    values = np.arange(count) if name.endswith(POSITION_IDS) else np.zeros(count)
     return values.astype(dtype).reshape(shape)
 
 
-def _layout(weights: WeightFiles, prefix: str, others: set[str]) -> Layout:
-    """Decides how a file spells the tensors of the encoder under `prefix`; `others` are not this encoder's."""
-    names = weights.tensors
-    legacy = [name for name in names if name.endswith(tuple(_LEGACY)) and name not in others]
-    modern = [name for name in names if name.endswith(tuple(_LEGACY.values())) and name not in others]
-    if legacy and modern:
-        raise CheckpointError(
-            f"{weights.folder}: LayerNorm parameters are spelt both ways, {legacy[0]} and {modern[0]}; "
-            "the file is a mixture of two"
-        )
-    buffers = [name for name in (prefix + _POSITION_IDS, prefix + _TOKEN_TYPE_IDS) if name in names]
-    shards = tuple((name, info.file.name) for name, info in names.items()) if weights.index else ()
-    return Layout(
-        prefix=prefix,
-        legacy_norm=bool(legacy),
-        buffers=tuple((name, names[name].shape, names[name].dtype.name) for name in buffers),
-        shards=shards,
-        metadata=tuple(sorted(weights.metadata.items())),
-    )
-
-
-def _prefixes(weights: WeightFiles) -> list[str]:
-    """What stands before the names of each of a file's encoders."""
-    prefixes = [name.removesuffix(_ANCHOR) for name in weights.tensors if name.endswith(_ANCHOR)]
-    return [prefix for prefix in prefixes if prefix == "" or prefix.endswith(".")]
-
-
-def _find_prefix(weights: WeightFiles, asked: str | None) -> str:
-    """The prefix of the file's encoder, or of the one asked for."""
-    prefixes = _prefixes(weights)
-    if not prefixes:
-        sample = ", ".join(list(weights.tensors)[:3])
-        raise CheckpointError(f"{weights.folder}: no tensor is called ...{_ANCHOR}; not a BERT (it has {sample}, ...)")
-    found = ", ".join(map(repr, prefixes[:_MAX_ENCODERS]))
-    if len(prefixes) > _MAX_ENCODERS:
-        raise CheckpointError(f"{weights.folder}: {len(prefixes)} encoders in one file, under {found}, ...; too many")
-    if asked is None and len(prefixes) > 1:
-        raise CheckpointError(
-            f"{weights.folder}: {len(prefixes)} encoders in one file, under {found}; choose one with prefix="
-        )
-    if asked is not None and asked not in prefixes:
-        raise CheckpointError(f"{weights.folder}: no encoder under the prefix {asked!r}, only under {found}")
-    return prefixes[0] if asked is None else asked
-
-
-def _names_of_others(weights: WeightFiles, prefix: str) -> set[str]:
-    """The tensors that belong to another encoder of the file, or to that one's heads."""
-    prefixes = _prefixes(weights)
-    if prefixes == [prefix]:
-        return set()
-    # Heads stand outside "bert.", so an encoder owns both; where two claim a name, the longer beginning decides.
-    owners = {each.removesuffix("bert."): each for each in prefixes} | {each: each for each in prefixes}
-    beginnings = sorted(owners, key=len, reverse=True)
-    return {
-        name
-        for name in weights.tensors
-        if next((owners[each] for each in beginnings if name.startswith(each)), prefix) != prefix
-    }
-
-
-def export(
-    slots: Iterable[Slot],
-    tree: Mapping[Path, np.ndarray],
-    layout: Layout,
-    dtypes: Mapping[str, np.dtype] | None = None,
-) -> list[TensorToWrite]:
-    """Lists the PyTorch tensors of a parameter tree, to be written one at a time.
+def tensors_of(slots: Iterable[Slot], tree: Mapping[Path, np.ndarray]) -> dict[str, TensorToWrite]:
+    """The PyTorch tensors of a parameter tree, by bertjax's names.
 
     Args:
-        slots: the encoder's tensors.
+        slots: the model's tensors.
         tree: the arrays of the parameter tree.
-        layout: the spelling of the names; its buffers are written too.
-        dtypes: by full name, the dtype to write; what is not named keeps the array's.
     """
-    dtypes = dtypes or {}
 
     def tensor(slot: Slot) -> TensorToWrite:
-        name = layout.spell(slot.name)
-        dtype = np.dtype(dtypes.get(name, tree[slot.path].dtype))
-        return TensorToWrite(name, dtype, slot.shape, lambda: slot.view(tree[slot.path]).astype(dtype, copy=False))
+        return TensorToWrite(slot.name, tree[slot.path].dtype, slot.shape, lambda: slot.view(tree[slot.path]))
+
+    return {slot.name: tensor(slot) for slot in slots}
+
+
+def export(tensors: Mapping[str, TensorToWrite], layout: Layout) -> list[TensorToWrite]:
+    """Gives tensors the layout's names, and adds its ties and buffers.
+
+    Args:
+        tensors: by bertjax's names.
+        layout: the spelling.
+    """
 
     def buffer(name: str, shape: Shape, dtype: str) -> TensorToWrite:
-        return TensorToWrite(
-            name, np.dtype(dtype), shape, lambda: _buffer(layout.canonical(name), shape, np.dtype(dtype))
-        )
+        return TensorToWrite(name, np.dtype(dtype), shape, lambda: _buffer(name, shape, np.dtype(dtype)))
 
-    return [tensor(slot) for slot in slots] + [buffer(*each) for each in layout.buffers]
+    ties = {name: tensors[TIES[name]] for name in layout.ties if _PREDICTIONS in tensors}
+    named = [dataclasses.replace(tensor, name=layout.spell(name)) for name, tensor in (tensors | ties).items()]
+    result = named + [buffer(*each) for each in layout.buffers]
+    names = [tensor.name for tensor in result]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise CheckpointError(f"the layout gives several tensors the name {', '.join(map(repr, twice))}")
+    return result

@@ -26,6 +26,9 @@ from bertjax.convert.tensors import (
 )
 from bertjax.errors import CheckpointError, SourceError
 
+#: What `Contents.format` says of these files.
+FORMAT = "safetensors"
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -59,7 +62,7 @@ def read_header(path: Path) -> Contents:
         shape, begin = tuple(entry["shape"]), entry["data_offsets"][0]
         check_shape(path, name, shape)
         tensors[name] = TensorInfo(name, path, DTYPES[entry["dtype"]], shape, 8 + size + begin)
-    return Contents("safetensors", tensors, metadata)
+    return Contents(FORMAT, tensors, metadata)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -28,6 +28,8 @@ class Leaf(NamedTuple):
 LINEAR = (Leaf("weight", "kernel", True), Leaf("bias", "bias", False))
 NORM = (Leaf("weight", "scale", False), Leaf("bias", "bias", False))
 EMBED = (Leaf("weight", "embedding", False),)
+BIAS = (Leaf("bias", "bias", False),)
+KERNEL = (Leaf("weight", "kernel", True),)
 
 
 class Row(NamedTuple):

@@ -1,12 +1,20 @@
-"""Finds the weights in a folder, whatever their format, and opens them."""
+"""Finds a checkpoint's weights, whatever their format, and opens them."""
 
 import dataclasses
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from bertjax.convert.files import read_header
+import numpy as np
+
+from bertjax.convert import bert, files, msgpack, tf1
+from bertjax.convert.layout import LAYOUT_FILE, is_head, read_layout, standard_layout
+from bertjax.convert.pickles import read_pickle
+from bertjax.convert.rules import Path as TreePath
+from bertjax.convert.rules import Slot
+from bertjax.convert.targets import ORBAX_FOLDER
 from bertjax.convert.tensors import Contents, TensorInfo, WeightFiles, enumerate_problems, inside
 from bertjax.errors import CheckpointError, SourceError
 from bertjax.json_files import read_json
@@ -14,60 +22,109 @@ from bertjax.json_files import read_json
 
 @dataclasses.dataclass(frozen=True)
 class _Format:
-    """A format of weights: how its files are called, and its reader."""
+    """A format of weights in one file or in shards with an index.
+
+    Attributes:
+        single: the name that transformers gives the one file.
+        suffixes: how names of such files end; shards end like the one file.
+        read: finds the tensors of a file.
+    """
 
     single: str
-    index: str
-    suffix: str
+    suffixes: tuple[str, ...]
     read: Callable[[Path], Contents]
 
+    @property
+    def index(self) -> str:
+        """The name that transformers gives the index."""
+        return f"{self.single}.index.json"
 
-# In the order of preference, for a folder that holds several.
-_FORMATS = (_Format("model.safetensors", "model.safetensors.index.json", ".safetensors", read_header),)
 
-# Weights in a format that is not read, by file name: what to say instead of "not found".
-_OTHER_WEIGHTS = (
-    ("pytorch_model*.bin*", "PyTorch pickles are not read yet; in transformers, save the model again, as safetensors"),
-    ("flax_model*.msgpack*", "Flax msgpack weights are not read yet"),
-    ("tf_model.h5", "TensorFlow weights are not read; save the model as safetensors first"),
-    ("*.ckpt*", "TensorFlow checkpoints are not read yet"),
-    ("adapter_model.*", "this is a PEFT adapter, not a model; merge it into its base model first"),
-    ("onnx/*.onnx", "only ONNX weights found; bertjax needs the model's safetensors"),
-    ("*.onnx", "only ONNX weights found; bertjax needs the model's safetensors"),
-    ("*.gguf", "GGUF weights are quantised for other engines; bertjax needs the model's safetensors"),
+# In the order of preference, for a folder that holds several. After these come TensorFlow 1 and Orbax.
+_FORMATS = (
+    _Format(files.SINGLE_FILE, (".safetensors",), files.read_header),
+    _Format("pytorch_model.bin", (".bin", ".pt", ".pth"), read_pickle),
+    _Format(msgpack.SINGLE_FILE, (".msgpack",), msgpack.read_msgpack),
 )
 
+# Weights that are not read, by file name: what to say instead of "not found".
+_OTHER_WEIGHTS = (
+    ("*.h5", "Keras weights are not read; load them in transformers 4 with from_tf=True and save the model again"),
+    ("adapter_model.*", "this is a PEFT adapter, not a model; merge it into its base model first"),
+    ("onnx/*.onnx", "only ONNX weights found; bertjax needs the model's own"),
+    ("*.onnx", "only ONNX weights found; bertjax needs the model's own"),
+    ("*.gguf", "GGUF weights are quantised for other engines; bertjax needs the original model's"),
+)
 
-def open_weights(folder: Path) -> WeightFiles:
-    """Finds a folder's weights and reads where their tensors are.
+# Layers in a tree; far more than any BERT has.
+_MAX_DEPTH = 1 << 10
+
+
+def open_weights(path: Path) -> WeightFiles:
+    """Finds a checkpoint's weights and reads where their tensors are.
+
+    Args:
+        path: a model's folder, a file of weights, an index of shards, or the prefix of a TensorFlow checkpoint.
 
     Raises:
         SourceError: there are no weights in a format that is read, or a file can't be opened.
         CheckpointError: a file or the shard index is malformed.
     """
+    if not path.is_dir():
+        return _open_file(path)
     for each in _FORMATS:
-        if (folder / each.single).exists():
-            contents = each.read(inside(folder, each.single))
-            return WeightFiles(**vars(contents), folder=folder, files=(each.single,))
-        if (folder / each.index).exists():
-            return _open_shards(folder, each)
+        for name in (each.single, each.index):
+            if (path / name).exists():
+                return _open_file(path / name)
+    prefix = tf1.find_prefix(path)
+    if prefix is not None:
+        return _open_tensorflow(prefix)
+    if (path / ORBAX_FOLDER).is_dir():
+        return _open_tree(path)
     for pattern, advice in _OTHER_WEIGHTS:
-        found = sorted(folder.glob(pattern))
+        found = sorted(path.glob(pattern))
         if found:
-            raise SourceError(f"{folder}: no {_FORMATS[0].single}, but {found[0].name}: {advice}")
-    raise SourceError(f"{folder}: no weights found; expected {', '.join(each.single for each in _FORMATS)}")
+            raise SourceError(f"{path}: no {_FORMATS[0].single}, but {found[0].relative_to(path)}: {advice}")
+    expected = ", ".join(each.single for each in _FORMATS)
+    raise SourceError(
+        f"{path}: no weights found; expected {expected}, shards of one of these with their index, a TensorFlow "
+        f"checkpoint (*.ckpt.index) or an Orbax checkpoint ({ORBAX_FOLDER}/)"
+    )
 
 
-def _open_shards(folder: Path, form: _Format) -> WeightFiles:
+def _open_file(path: Path) -> WeightFiles:
+    """Opens weights by the name of their file."""
+    for each in _FORMATS:
+        if path.name.endswith(f"{each.suffixes[0]}.index.json"):
+            return _with_layout(_open_shards(path, each))
+        if path.name.endswith(each.suffixes) and path.exists():
+            contents = each.read(inside(path.parent, path.name))
+            return _with_layout(WeightFiles(**vars(contents), folder=path.parent, files=(path.name,)))
+    prefix = tf1.find_prefix(path)
+    if prefix is not None:
+        return _open_tensorflow(prefix)
+    if path.exists():
+        endings = ", ".join(suffix for each in _FORMATS for suffix in each.suffixes)
+        raise SourceError(f"{path}: not a file of weights by its name; expected one that ends in {endings}")
+    raise SourceError(f"{path}: no such file or folder")
+
+
+def _open_tensorflow(prefix: Path) -> WeightFiles:
+    contents = tf1.read_checkpoint(prefix)
+    data = sorted({tensor.file.name for tensor in contents.tensors.values()})
+    return WeightFiles(**vars(contents), folder=prefix.parent, files=(f"{prefix.name}.index", *data))
+
+
+def _open_shards(index: Path, form: _Format) -> WeightFiles:
     """Reads a sharded checkpoint; the index and the shards must agree both ways."""
-    index = folder / form.index
-    weight_map = read_json(inside(folder, form.index), CheckpointError).get("weight_map")
+    folder = index.parent
+    weight_map = read_json(inside(folder, index.name), CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no 'weight_map' object")
     listed = defaultdict(set)
     for name, shard in weight_map.items():
         # A shard is a plain file name: anything else could point outside the folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+" + re.escape(form.suffix), shard):
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+" + re.escape(form.suffixes[0]), shard):
             raise CheckpointError(f"{index}: weight_map[{name!r}] is {shard!r}, expected a file name in this folder")
         listed[shard].add(name)
     tensors: dict[str, TensorInfo] = {}
@@ -81,4 +138,58 @@ def _open_shards(folder: Path, form: _Format) -> WeightFiles:
         opened.append(contents)
     if problems:
         raise CheckpointError(f"{index}: index and shards disagree: " + enumerate_problems(sorted(problems)))
-    return WeightFiles(opened[0].format, tensors, opened[0].metadata, {}, folder, tuple(sorted(listed)), form.index)
+    return WeightFiles(opened[0].format, tensors, opened[0].metadata, {}, folder, tuple(sorted(listed)), index.name)
+
+
+def _with_layout(weights: WeightFiles) -> WeightFiles:
+    """Adds the layout that stands beside weights in a format that can't hold it."""
+    path = weights.folder / LAYOUT_FILE
+    if weights.format == files.FORMAT or not path.exists():
+        return weights
+    layout, _ = read_layout(inside(weights.folder, LAYOUT_FILE))
+    return dataclasses.replace(weights, layout=layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part(TensorInfo):
+    """A tensor of a stacked array, which has no place of its own in a file."""
+
+    slot: Slot | None = None
+    load: Callable[[TreePath], np.ndarray] | None = None
+
+    def read(self) -> np.ndarray:
+        """Reads the array, once for all of its tensors; see `TensorInfo.read`."""
+        return self.slot.view(self.load(self.slot.path)).astype(self.dtype, copy=False)
+
+
+def _open_tree(folder: Path) -> WeightFiles:
+    """Opens an Orbax checkpoint of bertjax's parameter tree, as `targets.write_tree` makes it."""
+    from bertjax.convert.orbax import read_orbax
+
+    root = folder / ORBAX_FOLDER
+    arrays = read_orbax(root)
+    shapes = {path: array.shape for path, array in arrays.items()}
+    slots = _tree_slots(root, shapes)
+    sidecar = inside(folder, LAYOUT_FILE)
+    layout, narrower = read_layout(sidecar) if sidecar.exists() else (None, {})
+    names = standard_layout(any(is_head(slot.name) for slot in slots))
+    load = functools.cache(lambda path: arrays[path].read())
+    tensors = {}
+    for position, slot in enumerate(slots):
+        name, source = names.spell(slot.name), "/".join(slot.path)
+        dtype = np.dtype(narrower.get(slot.name, arrays[slot.path].dtype))
+        tensors[name] = _Part(name, root, dtype, slot.shape, position, source=source, slot=slot, load=load)
+    members = sorted(str(path.relative_to(folder)) for path in root.rglob("*") if path.is_file())
+    return WeightFiles("Orbax checkpoint", tensors, {}, {}, folder, tuple(members), None, layout)
+
+
+def _tree_slots(root: Path, shapes: Mapping[TreePath, tuple[int, ...]]) -> tuple[Slot, ...]:
+    """The tensors that a tree's arrays are made of."""
+    deep = [path for path, shape in shapes.items() if "layers" in path and not (shape and shape[0] <= _MAX_DEPTH)]
+    try:
+        if not deep:
+            return bert.slots_of(shapes)
+    except ValueError:
+        pass  # an array that no BERT has, or that it lacks
+    found = ", ".join("/".join(path) for path in (deep or list(shapes))[:5])
+    raise CheckpointError(f"{root}: not bertjax's parameter tree of a BERT; it has {found}, ...")

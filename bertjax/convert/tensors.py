@@ -9,11 +9,15 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
 
 from bertjax.errors import CheckpointError, SourceError
+
+if TYPE_CHECKING:
+    from bertjax.convert.layout import Layout
 
 #: Dtypes by safetensors' names, in the order in which the safetensors library lays dtypes out in a file (it begins with
 #: the last). What is not here (8-bit floats, packed and unsigned integers) has no place in a BERT checkpoint.
@@ -154,11 +158,13 @@ class WeightFiles(Contents):
         folder: the folder that holds the files.
         files: base names of the files that hold the tensors.
         index: base name of the index that divides the tensors among the files, or None.
+        layout: how the checkpoint spelt its names that these weights were once converted from, or None.
     """
 
     folder: Path = Path()
     files: tuple[str, ...] = ()
     index: str | None = None
+    layout: "Layout | None" = None
 
     @property
     def nbytes(self) -> int:

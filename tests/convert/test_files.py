@@ -186,11 +186,7 @@ def test_a_header_of_very_many_tensors_takes_linear_time(twice, tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pytorch_model.bin", "PyTorch pickles"),
-        ("pytorch_model-00001-of-00002.bin", "PyTorch pickles"),
-        ("flax_model.msgpack", "Flax"),
-        ("tf_model.h5", "TensorFlow"),
-        ("bert_model.ckpt.index", "TensorFlow"),
+        ("tf_model.h5", "tf_model.h5: Keras weights"),
         ("adapter_model.safetensors", "PEFT adapter.*merge"),
         ("onnx/model.onnx", "only ONNX"),
         ("model.onnx", "only ONNX"),

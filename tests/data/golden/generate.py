@@ -1,11 +1,13 @@
 """Makes the golden checkpoints: tiny random BERTs with what PyTorch computes from them.
 
-Run with torch and transformers installed: `python tests/data/golden/generate.py`. Each case is a Hugging Face folder
-(config.json, model.safetensors) and `expected.npz` with inputs and outputs. The cases differ in whatever changes the
-numbers: heads, depth, widths, eps, activation, type vocabulary, positions, padding, segments.
+Run with torch and transformers installed: `python tests/data/golden/generate.py [CASE ...]`. Each case is a Hugging
+Face folder (config.json, model.safetensors) and `expected.npz` with inputs and outputs. The cases differ in whatever
+changes the numbers: heads, depth, widths, eps, activation, type vocabulary, positions, padding, segments. Relative
+positions need transformers 4, the last that implements them; version 5 reads the field and ignores it.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,8 @@ CASES = {
     "odd_sizes": {"hidden_size": 15, "num_attention_heads": 3, "intermediate_size": 7, "hidden_act": "tanh"},
     "deep": {"num_hidden_layers": 6, "hidden_act": "gelu_fast", "layer_norm_eps": 1e-5},
     "swish": {"hidden_act": "swish", "pad_token_id": 3},
+    "relative_key": {"position_embedding_type": "relative_key"},
+    "relative_key_query": {"position_embedding_type": "relative_key_query", "max_position_embeddings": 11},
 }
 
 
@@ -47,22 +51,31 @@ def weights(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, np.nd
 
 
 def inputs(config: transformers.BertConfig, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Three rows: full, padded, and nearly all padding; types and positions as a caller might choose them."""
+    """Three rows: full, padded, and nearly all padding; types and positions as a caller might choose them.
+
+    Relative positions leave no choice.
+    """
     shape = (3, 11)
     mask = np.ones(shape, np.int64)
     mask[1, 7:] = 0
     mask[2, 1:] = 0
+    relative = getattr(config, "position_embedding_type", "absolute") != "absolute"
+    positions = np.tile(np.arange(shape[1]), (shape[0], 1))
     return {
         "input_ids": rng.integers(0, config.vocab_size, shape),
         "attention_mask": mask,
         "token_type_ids": rng.integers(0, config.type_vocab_size, shape),
-        "position_ids": rng.integers(0, config.max_position_embeddings, shape),
+        "position_ids": positions if relative else rng.integers(0, config.max_position_embeddings, shape),
     }
 
 
 def main() -> None:
-    """Writes every case."""
+    """Writes the cases that the command line names, or every one."""
     for seed, (name, overrides) in enumerate(CASES.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        if "position_embedding_type" in overrides and not transformers.__version__.startswith("4."):
+            raise SystemExit(f"{name} needs transformers 4, this is {transformers.__version__}")
         rng = np.random.default_rng(seed)
         config = transformers.BertConfig(**(BASE | overrides), attn_implementation="eager")
         model = transformers.BertModel(config).eval()

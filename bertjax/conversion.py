@@ -1,0 +1,350 @@
+"""Checkpoints from one format to another, with an account of every tensor."""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from bertjax import __version__, hub
+from bertjax.atomic import atomic_file, atomic_folder
+from bertjax.config import BertConfig
+from bertjax.convert import bert, certificate, names, rules, sources, targets
+from bertjax.convert.layout import Layout, is_head, standard_layout
+from bertjax.convert.tensors import TensorToWrite, WeightFiles, inside
+from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
+from bertjax.heads import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertWithHeads,
+)
+from bertjax.json_files import read_json
+from bertjax.layers import DType
+from bertjax.model import check_dtype
+from bertjax.pretrained import abstract, abstract_model, config_file, read_config, write_config
+
+_CLASSES = (
+    BertForPreTraining,
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForSequenceClassification,
+    BertForMultipleChoice,
+    BertForTokenClassification,
+    BertForQuestionAnswering,
+)
+# Labels that are given names, where a configuration names none; more than any classifier on BERT has.
+_MAX_LABELS = 1 << 16
+
+_ARCHITECTURES = {kind.__name__: kind for kind in _CLASSES}
+
+#: Files that belong to a model but hold no encoder weights; a conversion copies them byte for byte.
+_SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "[0-9]*_*/*.json",
+    "[0-9]*_*/model.safetensors",
+    "[0-9]*_*/pytorch_model.bin",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found to be a BERT, with or without heads; no tensor is read yet.
+
+    Attributes:
+        survey: its tensors by bertjax's names.
+        config: its configuration.
+        plan: which parameter each tensor is.
+        untied: the decoder was untied against the configuration's word.
+    """
+
+    survey: names.Survey
+    config: BertConfig
+    plan: bert.Plan
+    untied: bool = False
+
+    @property
+    def weights(self) -> WeightFiles:
+        """Its files."""
+        return self.survey.weights
+
+    @property
+    def heads(self) -> bool:
+        """Whether there is a head beside the encoder."""
+        return any(is_head(slot.name) for slot in self.plan.slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What a conversion did.
+
+    Attributes:
+        checkpoint: what was read.
+        target: the folder that was written.
+        to: its format.
+        dtype: the dtype that the weights were cast to, or None.
+        layout: the names that were written.
+    """
+
+    checkpoint: Checkpoint
+    target: Path
+    to: str
+    dtype: np.dtype | None
+    layout: Layout
+
+    def summary(self) -> str:
+        """A report for a person to read: what was mapped, tied and left out, what was read and written."""
+        weights = self.checkpoint.weights
+        left_out = ", ".join(weights.left_out) or "none"
+        if len(weights.left_out) > 6:
+            left_out = f"{', '.join(list(weights.left_out)[:5])} and {len(weights.left_out) - 5} more"
+        lines = [
+            self.checkpoint.plan.summary(),
+            f"left out {left_out}",
+            f"cast     {'none' if self.dtype is None else f'the weights to {self.dtype.name}'}",
+            f"read     {weights.format}, {', '.join(weights.files)}, {weights.nbytes:,} bytes",
+            f"written  {self.to}, {self.target}",
+        ]
+        return "\n".join(lines)
+
+
+def read_checkpoint(
+    path: Path, *, prefix: str | None = None, untie: bool = False, ignore: Iterable[str] = ()
+) -> Checkpoint:
+    """Finds a checkpoint's files and matches its tensors to a BERT with the heads that are there.
+
+    Args:
+        path: a model's folder, one of the weight files in it, or the prefix of a TensorFlow checkpoint.
+        prefix: what stands before the encoder's names, for a file that holds several encoders.
+        untie: see `convert_checkpoint`.
+        ignore: unknown fields of the configuration that have no effect on the encoder.
+
+    Raises:
+        SourceError, ConfigError, CheckpointError: see `bertjax.pretrained.load_model`.
+    """
+    weights = sources.open_weights(path)  # first, because the format tells most plainly what a folder is
+    config = read_config(weights.folder, ignore)
+    survey = names.survey(weights, prefix)
+    if untie:
+        config = _with(config, tie_word_embeddings=False)
+    if config_file(weights.folder).name == "bert_config.json":
+        config = _with_found_heads(config, survey)
+    _check_architecture(config, survey)
+    return Checkpoint(survey, config, bert.match(survey, _shapes(config, survey)), untie)
+
+
+def _check_architecture(config: BertConfig, survey: names.Survey) -> None:
+    """Refuses an architecture whose head is wholly absent; a part of a head is for `bert.match` to name."""
+    kind = _architecture(config)
+    absent = sorted(set(kind.heads) - bert.heads_in(survey)) if kind else []
+    if absent:
+        raise CheckpointError(
+            f"{survey.weights.folder}: the config's architecture is {kind.__name__}, but the weights have no "
+            f'{" and no ".join(absent)} head; if the encoder is all there is, set architectures to ["BertModel"]'
+        )
+
+
+def _with(config: BertConfig, **fields: Any) -> BertConfig:
+    return dataclasses.replace(config, extra={**config.extra, **fields})
+
+
+def _with_found_heads(config: BertConfig, survey: names.Survey) -> BertConfig:
+    """Adds to a configuration of Google's, which knows the encoder only, the heads that the checkpoint has."""
+    heads = bert.heads_in(survey)
+    kind = next((kind for kind in _CLASSES if set(kind.heads) == heads), None)
+    fields: dict[str, Any] = {"architectures": [kind.__name__ if kind else "BertModel"]}
+    classifier = survey.tensors.get("classifier.bias")
+    if classifier is not None and 0 < classifier.count <= _MAX_LABELS:
+        fields["id2label"] = {str(label): f"LABEL_{label}" for label in range(classifier.count)}
+        fields["label2id"] = {name: int(label) for label, name in fields["id2label"].items()}
+    return _with(config, **fields)
+
+
+def _shapes(config: BertConfig, survey: names.Survey) -> dict[rules.Path, rules.Shape]:
+    """The parameter tree of a BERT with the heads that the checkpoint has or its architecture needs."""
+    heads, pooled, kind = bert.heads_in(survey), bert.has_pooler(survey), _architecture(config)
+    if kind is not None:
+        heads, pooled = heads | set(kind.heads), pooled or kind.pooled
+    if not heads:
+        return abstract_model(config, add_pooling_layer=pooled)[1]
+    options = {
+        "add_pooling_layer": pooled,
+        "tied": config.tie_word_embeddings or "predictions" not in heads,
+        "num_labels": kind.labels if kind else None,
+    }
+    return abstract(lambda: BertWithHeads(config, tuple(sorted(heads)), rngs=nnx.Rngs(0), **options))[1]
+
+
+def _architecture(config: BertConfig) -> type[BertWithHeads] | None:
+    """The class with heads that a configuration names, or None."""
+    architectures = config.extra.get("architectures")
+    if not isinstance(architectures, list):
+        return None
+    return next((_ARCHITECTURES[name] for name in architectures if name in _ARCHITECTURES), None)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str = "safetensors",
+    dtype: DType | None = None,
+    max_shard_size: int | str | None = None,
+    standard_names: bool = False,
+    untie: bool = False,
+    certify: str | Path | None = None,
+    progress: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    prefix: str | None = None,
+    ignore: Iterable[str] = (),
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Conversion:
+    """Reads a checkpoint in any format, checks it against its configuration, and writes it in another.
+
+    Names, dtypes and numbers of the tensors come out as they went in; where the format can't hold them (an alias, a
+    buffer, a prefix), `bertjax_layout.json` beside the weights does, so that the way back gives the same file. The
+    tokenizer and the sentence-transformers modules are copied unchanged. Tensors are read one at a time.
+
+    Args:
+        source: a model's folder, one of the weight files in it, the prefix of a TensorFlow checkpoint, or a repository
+            on the Hub.
+        target: the folder to make; it appears complete or not at all.
+        to: "safetensors", as transformers reads it; "msgpack", as FlaxBert does; or "orbax", an Orbax checkpoint of
+            bertjax's parameter tree in `params`.
+        dtype: cast the weights; default: keep each tensor's dtype.
+        max_shard_size: divide safetensors into files of at most this size, in bytes or as "5GB"; default: as the
+            source is divided, or one file.
+        standard_names: write the names that transformers itself writes, without repetitions and buffers, instead of the
+            checkpoint's own.
+        untie: keep a decoder that differs from the word embeddings, though the config ties the two, and say so in the
+            config that is written.
+        certify: where to write a certificate, a JSON file; see `bertjax.convert.certificate`.
+        progress: show a bar on standard error when it takes longer than a few seconds.
+        force: replace an existing model folder.
+        revision: for the Hub: a branch, a tag or a commit.
+        prefix: what stands before the encoder's tensor names, for a file that holds several encoders; the others are
+            left out.
+        ignore: unknown fields of config.json that the caller knows to have no effect on the encoder.
+        token: see `hub.resolve`.
+        cache_dir: see `hub.resolve`.
+        local_files_only: see `hub.resolve`.
+
+    Raises:
+        SourceError, ConfigError, CheckpointError: see `bertjax.pretrained.load_model`.
+        InputError: an option is not usable.
+    """
+    if to not in targets.TARGETS:
+        raise InputError(f"to={to!r} is not a format that is written; expected one of {', '.join(targets.TARGETS)}")
+    if max_shard_size is not None and to != "safetensors":
+        raise InputError(f"max_shard_size applies to safetensors, not to {to}")
+    if certify is not None and not Path(certify).parent.is_dir():
+        raise SourceError(f"{certify}: can't be written (there is no folder {Path(certify).parent})")
+    target = Path(target)
+    path = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    folder = path if path.is_dir() else path.parent
+    if folder.resolve().is_relative_to(os.path.realpath(target)):
+        raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
+    checkpoint = read_checkpoint(path, prefix=prefix, untie=untie, ignore=ignore)
+    layout = standard_layout(checkpoint.heads) if standard_names else checkpoint.plan.layout
+    conversion = Conversion(checkpoint, target, to, None if dtype is None else check_dtype("dtype", dtype), layout)
+    with atomic_folder(target, force=force) as temporary:
+        _write_weights(conversion, temporary, max_shard_size, progress)
+        _write_config(conversion, temporary)
+        _copy_side_files(checkpoint.weights.folder, temporary)
+        if certify is not None:
+            content = _certificate(conversion, temporary)
+    if certify is not None:
+        with atomic_file(certify) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return conversion
+
+
+def _write_weights(conversion: Conversion, folder: Path, max_shard_size: int | str | None, progress: bool) -> None:
+    plan, layout, dtype = conversion.checkpoint.plan, conversion.layout, conversion.dtype
+    total = conversion.checkpoint.weights.nbytes
+    options = {"unit": "B", "unit_scale": True, "unit_divisor": 1000, "delay": 2.0, "desc": "converting"}
+    with tqdm(total=total, disable=not progress, file=sys.stderr, **options) as bar:
+        if conversion.to == "orbax":
+            targets.write_tree(folder, plan, dtype, layout, bar.update)
+            return
+        tensors = {name: _reporting(tensor, bar.update) for name, tensor in plan.to_write(dtype).items()}
+        if conversion.to == "msgpack":
+            targets.write_flax(folder, tensors, layout)
+            return
+        targets.write_torch(folder, tensors, layout, max_shard_size)
+    weights = conversion.checkpoint.weights
+    if layout.shards and dtype is None and max_shard_size is None and not plan.unused and weights.index:
+        # The same tensors in the same places: the same index, with whatever else it says.
+        shutil.copyfile(inside(weights.folder, weights.index), folder / weights.index)
+
+
+def _reporting(tensor: TensorToWrite, report: Callable[[int], Any]) -> TensorToWrite:
+    """A tensor that reports its size when it is read."""
+
+    def make() -> np.ndarray:
+        data = tensor.make()
+        report(tensor.nbytes)
+        return data
+
+    return dataclasses.replace(tensor, make=make)
+
+
+def _write_config(conversion: Conversion, folder: Path) -> None:
+    """Copies config.json byte for byte, or writes one where something in it has changed."""
+    checkpoint = conversion.checkpoint
+    source = config_file(checkpoint.weights.folder)
+    google = source.name == "bert_config.json"
+    if conversion.dtype is None and not checkpoint.untied and not google:
+        shutil.copyfile(source, folder / "config.json")
+        return
+    config = checkpoint.config.to_hf() if google else read_json(source, ConfigError)
+    if checkpoint.untied:
+        config = config | {"tie_word_embeddings": False}
+    dtypes = {info.dtype for info in checkpoint.plan.tensors}
+    write_config(folder, config, (conversion.dtype or bert.widest(dtypes)).name)
+
+
+def _copy_side_files(source: Path, target: Path) -> None:
+    for pattern in _SIDE_FILES:
+        for path in sorted(source.glob(pattern)):
+            name = path.relative_to(source)
+            try:
+                data = inside(source, name).read_bytes()
+            except OSError as problem:
+                raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
+            (target / name).parent.mkdir(exist_ok=True)
+            (target / name).write_bytes(data)
+
+
+def _certificate(conversion: Conversion, folder: Path) -> dict[str, Any]:
+    checkpoint = conversion.checkpoint
+    content = certificate.certify(
+        checkpoint.plan,
+        checkpoint.survey,
+        folder,
+        layout=conversion.layout,
+        dtype=conversion.dtype,
+        config=config_file(checkpoint.weights.folder),
+    )
+    return {"bertjax": __version__, **content}
