@@ -16,10 +16,12 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     """Gives a temporary path in the target's folder, and renames it to the target if the block succeeds.
 
     Raises:
-        SourceError: the folder does not exist, or can't be written.
+        SourceError: the folder does not exist, or can't be written, or the target is something other than a file.
     """
     # Resolved, so that a link to a file stays a link.
     target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_file():  # a rename would put a file in the place of a device
+        raise SourceError(f"{target}: exists and is not a regular file")
     with _named(target):
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
         os.close(handle)

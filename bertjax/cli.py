@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import numpy as np
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from bertjax import __version__
@@ -169,7 +170,7 @@ def info(model: str, **options: Any) -> None:
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Cast the weights. Default: keep "
               "every tensor's own dtype, and its bytes.")  # fmt: skip
 @click.option("--max-shard-size", metavar="SIZE", help="Divide safetensors into files of at most this size, such as "
-              "5GB. Default: as SOURCE is divided, or one file.")  # fmt: skip
+              "5GB. Default: as SOURCE is divided, if its names are kept, or one file.")  # fmt: skip
 @click.option("--standard-names", is_flag=True, help="Write the tensor names that transformers itself writes, without "
               "repetitions and buffers. Default: the names of SOURCE.")  # fmt: skip
 @click.option("--untie", is_flag=True, help="Keep a decoder that differs from the word embeddings, though the config "
@@ -178,7 +179,7 @@ def info(model: str, **options: Any) -> None:
 @click.option("--certificate", "certify", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Read what was written again, and write an account of every tensor to FILE.")  # fmt: skip
 @click.option("--check", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE", help="Convert "
-              "nothing: compare the folder SOURCE with the certificate FILE.")  # fmt: skip
+              "nothing: compare a folder, in the place of SOURCE, with the certificate of its conversion.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace TARGET if it is a model's folder.")
 @_hub_options
 def convert(source: str, target: Path | None, check: Path | None, **options: Any) -> None:
@@ -197,13 +198,16 @@ def convert(source: str, target: Path | None, check: Path | None, **options: Any
     """
     if check is not None:
         if target is not None:
-            raise click.UsageError("--check takes one folder")
+            raise click.UsageError("--check takes one folder, the one that was converted to")
+        given = click.get_current_context().get_parameter_source
+        if any(given(name) is ParameterSource.COMMANDLINE for name in options):
+            raise click.UsageError("--check goes with no other option")
         from bertjax.convert import certificate
 
         click.echo(certificate.check(check, Path(source)))
         return
     if target is None:
-        raise click.UsageError("missing argument TARGET")
+        raise click.UsageError("missing argument TARGET, the folder to make")
     from bertjax.conversion import convert_checkpoint
 
     conversion = convert_checkpoint(source, target, progress=sys.stderr.isatty(), **options)

@@ -69,6 +69,23 @@ _INERT_FIELDS = frozenset(
     """.split()
 )
 
+# How the names of other models' classes begin, of those whose tensors are called as BERT's are, or nearly.
+_FOREIGN = (
+    "Albert",
+    "Camembert",
+    "DebertaV2",
+    "Deberta",
+    "DistilBert",
+    "Electra",
+    "Ernie",
+    "MPNet",
+    "ModernBert",
+    "NomicBert",
+    "Roberta",
+    "XLMRoberta",
+    "Xmod",
+)
+
 # Fields that would change the computation in a way that bertjax does not implement. Each is accepted only at the
 # value(s) that leave the plain encoder as it is.
 _REFUSED_UNLESS: Mapping[str, tuple[tuple[Any, ...], str]] = {
@@ -237,14 +254,31 @@ def _foreign_problems(config: Mapping[str, Any], ignore: frozenset[str]) -> list
     for name, (accepted, why) in _REFUSED_UNLESS.items():
         if name in config and config[name] not in accepted:
             problems.append(f"{name}={reprlib.repr(config[name])}: {why}")
+    problems += _architecture_problems(config.get("architectures"))
     known = _INERT_FIELDS | _REFUSED_UNLESS.keys() | _FIELDS.keys() | {"model_type"} | ignore
     unknown = sorted(set(config) - known)
     if unknown:
         problems.append(
-            f"unknown field(s) {', '.join(map(repr, unknown))}: if they do not change what the encoder computes, "
+            f"unknown field(s) {_enumerate(unknown)}: if they do not change what the encoder computes, "
             "name them in `ignore`"
         )
     return problems
+
+
+def _enumerate(names: list[str]) -> str:
+    """Names fields for a message: all that anyone would write, but not a million."""
+    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(reprlib.repr, names[:20])) + rest
+
+
+def _architecture_problems(architectures: Any) -> list[str]:
+    """Classes of other models: a relabelled RoBERTa has BERT's tensors, but begins its positions elsewhere."""
+    if architectures is None:
+        return []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        return [f"architectures={reprlib.repr(architectures)}: expected a list of names of classes"]
+    foreign = [name for name in architectures if name.startswith(_FOREIGN)]
+    return [f"architectures names {_enumerate(foreign)}, which is no BERT, whatever model_type says"] if foreign else []
 
 
 def _problems(config: BertConfig) -> list[str]:

@@ -1,7 +1,7 @@
 """Checkpoints from one format to another, with an account of every tensor."""
 
+import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
@@ -17,7 +17,7 @@ from bertjax import __version__, hub
 from bertjax.atomic import atomic_file, atomic_folder
 from bertjax.config import BertConfig
 from bertjax.convert import bert, certificate, names, rules, sources, targets
-from bertjax.convert.layout import Layout, is_head, standard_layout
+from bertjax.convert.layout import Layout, standard_layout
 from bertjax.convert.tensors import TensorToWrite, WeightFiles, inside
 from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
 from bertjax.heads import (
@@ -34,6 +34,7 @@ from bertjax.json_files import read_json
 from bertjax.layers import DType
 from bertjax.model import check_dtype
 from bertjax.pretrained import abstract, abstract_model, config_file, read_config, write_config
+from bertjax.side_files import copy_side_files, encoder_folder
 
 _CLASSES = (
     BertForPreTraining,
@@ -48,21 +49,6 @@ _CLASSES = (
 _MAX_LABELS = 1 << 16
 
 _ARCHITECTURES = {kind.__name__: kind for kind in _CLASSES}
-
-#: Files that belong to a model but hold no encoder weights; a conversion copies them byte for byte.
-_SIDE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "modules.json",
-    "config_sentence_transformers.json",
-    "sentence_*_config.json",
-    "[0-9]*_*/*.json",
-    "[0-9]*_*/model.safetensors",
-    "[0-9]*_*/pytorch_model.bin",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +72,6 @@ class Checkpoint:
         """Its files."""
         return self.survey.weights
 
-    @property
-    def heads(self) -> bool:
-        """Whether there is a head beside the encoder."""
-        return any(is_head(slot.name) for slot in self.plan.slots)
-
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
@@ -113,16 +94,15 @@ class Conversion:
     def summary(self) -> str:
         """A report for a person to read: what was mapped, tied and left out, what was read and written."""
         weights = self.checkpoint.weights
-        left_out = ", ".join(weights.left_out) or "none"
-        if len(weights.left_out) > 6:
-            left_out = f"{', '.join(list(weights.left_out)[:5])} and {len(weights.left_out) - 5} more"
         lines = [
             self.checkpoint.plan.summary(),
-            f"left out {left_out}",
+            f"left out {bert.a_few(weights.left_out, 5)}",
             f"cast     {'none' if self.dtype is None else f'the weights to {self.dtype.name}'}",
-            f"read     {weights.format}, {', '.join(weights.files)}, {weights.nbytes:,} bytes",
+            f"read     {weights.format}, {bert.a_few(weights.files, 5)} of {weights.folder}, {weights.nbytes:,} bytes",
             f"written  {self.to}, {self.target}",
         ]
+        if self.layout != self.checkpoint.plan.layout:
+            lines.insert(-1, f"names    those of transformers, prefix {self.layout.prefix!r}")
         return "\n".join(lines)
 
 
@@ -144,7 +124,7 @@ def read_checkpoint(
     config = read_config(weights.folder, ignore)
     survey = names.survey(weights, prefix)
     if untie:
-        config = _with(config, tie_word_embeddings=False)
+        config, survey = _with(config, tie_word_embeddings=False), survey.with_decoder_bias()
     if config_file(weights.folder).name == "bert_config.json":
         config = _with_found_heads(config, survey)
     _check_architecture(config, survey)
@@ -153,7 +133,7 @@ def read_checkpoint(
 
 def _check_architecture(config: BertConfig, survey: names.Survey) -> None:
     """Refuses an architecture whose head is wholly absent; a part of a head is for `bert.match` to name."""
-    kind = _architecture(config)
+    kind = architecture(config)
     absent = sorted(set(kind.heads) - bert.heads_in(survey)) if kind else []
     if absent:
         raise CheckpointError(
@@ -180,7 +160,7 @@ def _with_found_heads(config: BertConfig, survey: names.Survey) -> BertConfig:
 
 def _shapes(config: BertConfig, survey: names.Survey) -> dict[rules.Path, rules.Shape]:
     """The parameter tree of a BERT with the heads that the checkpoint has or its architecture needs."""
-    heads, pooled, kind = bert.heads_in(survey), bert.has_pooler(survey), _architecture(config)
+    heads, pooled, kind = bert.heads_in(survey), bert.has_pooler(survey), architecture(config)
     if kind is not None:
         heads, pooled = heads | set(kind.heads), pooled or kind.pooled
     if not heads:
@@ -193,7 +173,7 @@ def _shapes(config: BertConfig, survey: names.Survey) -> dict[rules.Path, rules.
     return abstract(lambda: BertWithHeads(config, tuple(sorted(heads)), rngs=nnx.Rngs(0), **options))[1]
 
 
-def _architecture(config: BertConfig) -> type[BertWithHeads] | None:
+def architecture(config: BertConfig) -> type[BertWithHeads] | None:
     """The class with heads that a configuration names, or None."""
     architectures = config.extra.get("architectures")
     if not isinstance(architectures, list):
@@ -224,7 +204,8 @@ def convert_checkpoint(
 
     Names, dtypes and numbers of the tensors come out as they went in; where the format can't hold them (an alias, a
     buffer, a prefix), `bertjax_layout.json` beside the weights does, so that the way back gives the same file. The
-    tokenizer and the sentence-transformers modules are copied unchanged. Tensors are read one at a time.
+    tokenizer and the sentence-transformers modules are copied, around an encoder that stands at the top. Tensors are
+    read one at a time.
 
     Args:
         source: a model's folder, one of the weight files in it, the prefix of a TensorFlow checkpoint, or a repository
@@ -234,7 +215,7 @@ def convert_checkpoint(
             bertjax's parameter tree in `params`.
         dtype: cast the weights; default: keep each tensor's dtype.
         max_shard_size: divide safetensors into files of at most this size, in bytes or as "5GB"; default: as the
-            source is divided, or one file.
+            source is divided, if it is safetensors and its names are kept, or one file.
         standard_names: write the names that transformers itself writes, without repetitions and buffers, instead of the
             checkpoint's own.
         untie: keep a decoder that differs from the word embeddings, though the config ties the two, and say so in the
@@ -258,26 +239,38 @@ def convert_checkpoint(
         raise InputError(f"to={to!r} is not a format that is written; expected one of {', '.join(targets.TARGETS)}")
     if max_shard_size is not None and to != "safetensors":
         raise InputError(f"max_shard_size applies to safetensors, not to {to}")
-    if certify is not None and not Path(certify).parent.is_dir():
-        raise SourceError(f"{certify}: can't be written (there is no folder {Path(certify).parent})")
     target = Path(target)
     path = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     folder = path if path.is_dir() else path.parent
     if folder.resolve().is_relative_to(os.path.realpath(target)):
         raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
+    if certify is not None:
+        _check_certificate_path(Path(certify), folder, target, force)
+    path = encoder_folder(path) if path.is_dir() else path
     checkpoint = read_checkpoint(path, prefix=prefix, untie=untie, ignore=ignore)
-    layout = standard_layout(checkpoint.heads) if standard_names else checkpoint.plan.layout
+    plan = checkpoint.plan
+    layout = standard_layout([slot.name for slot in plan.slots]) if standard_names else plan.layout
     conversion = Conversion(checkpoint, target, to, None if dtype is None else check_dtype("dtype", dtype), layout)
-    with atomic_folder(target, force=force) as temporary:
+    with contextlib.ExitStack() as outputs:
+        proof = None if certify is None else outputs.enter_context(atomic_file(certify))
+        temporary = outputs.enter_context(atomic_folder(target, force=force))
         _write_weights(conversion, temporary, max_shard_size, progress)
         _write_config(conversion, temporary)
-        _copy_side_files(checkpoint.weights.folder, temporary)
-        if certify is not None:
-            content = _certificate(conversion, temporary)
-    if certify is not None:
-        with atomic_file(certify) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        copy_side_files(folder, checkpoint.weights.folder, temporary)
+        if proof is not None:
+            proof.write_text(certificate.dumps(_certificate(conversion, temporary)) + "\n", encoding="utf-8")
     return conversion
+
+
+def _check_certificate_path(path: Path, source: Path, target: Path, force: bool) -> None:
+    """Refuses to put a certificate where it can't be, or in the place of something else."""
+    if not path.parent.is_dir():
+        raise SourceError(f"{path}: can't be written (there is no folder {path.parent})")
+    resolved = Path(os.path.realpath(path))
+    if any(resolved.is_relative_to(os.path.realpath(folder)) for folder in (source, target)):
+        raise SourceError(f"{path}: is inside the source or the target; put the certificate beside them")
+    if path.exists() and not force:
+        raise SourceError(f"{path}: already exists; choose another name, or replace it with force=True (or --force)")
 
 
 def _write_weights(conversion: Conversion, folder: Path, max_shard_size: int | str | None, progress: bool) -> None:
@@ -294,7 +287,8 @@ def _write_weights(conversion: Conversion, folder: Path, max_shard_size: int | s
             return
         targets.write_torch(folder, tensors, layout, max_shard_size)
     weights = conversion.checkpoint.weights
-    if layout.shards and dtype is None and max_shard_size is None and not plan.unused and weights.index:
+    same = dtype is None and max_shard_size is None and not plan.unused and not conversion.checkpoint.untied
+    if layout.shards and same and weights.index:
         # The same tensors in the same places: the same index, with whatever else it says.
         shutil.copyfile(inside(weights.folder, weights.index), folder / weights.index)
 
@@ -323,18 +317,6 @@ def _write_config(conversion: Conversion, folder: Path) -> None:
         config = config | {"tie_word_embeddings": False}
     dtypes = {info.dtype for info in checkpoint.plan.tensors}
     write_config(folder, config, (conversion.dtype or bert.widest(dtypes)).name)
-
-
-def _copy_side_files(source: Path, target: Path) -> None:
-    for pattern in _SIDE_FILES:
-        for path in sorted(source.glob(pattern)):
-            name = path.relative_to(source)
-            try:
-                data = inside(source, name).read_bytes()
-            except OSError as problem:
-                raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
-            (target / name).parent.mkdir(exist_ok=True)
-            (target / name).write_bytes(data)
 
 
 def _certificate(conversion: Conversion, folder: Path) -> dict[str, Any]:

@@ -68,10 +68,11 @@ def resolve(
     """
     if not isinstance(path_or_hub_id, str | os.PathLike):
         raise SourceError(f"{path_or_hub_id!r:.80} is not the name of a model; expected a folder or a Hub repository")
-    folder = Path(path_or_hub_id).expanduser()
+    folder = Path(os.path.expanduser(path_or_hub_id))
     if not os.fspath(path_or_hub_id):
         raise SourceError("the name of the model is empty; expected a folder or a repository on the Hub")
-    if folder.exists() or folder.with_name(f"{folder.name}.index").exists():
+    # os.path.exists has an answer where Path.exists raises: for a name that is too long, or holds a NUL.
+    if os.path.exists(folder) or os.path.exists(f"{folder}.index"):
         if revision is not None:
             raise SourceError(f"{folder}: is a local path; revision={revision!r} applies to the Hub only")
         return folder

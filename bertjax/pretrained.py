@@ -16,7 +16,7 @@ from bertjax import hub
 from bertjax.atomic import atomic_folder
 from bertjax.config import BertConfig
 from bertjax.convert import bert, names, rules, sources, targets
-from bertjax.convert.layout import Layout, is_head, standard_layout
+from bertjax.convert.layout import Layout, standard_layout
 from bertjax.convert.tensors import inside
 from bertjax.embedder import SentenceEncoder, check_positive
 from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
@@ -96,6 +96,7 @@ def load_model(
         raise InputError(f"add_pooling_layer applies to BertModel; whether {kind.__name__} has a pooler is settled")
     elif untie:
         config = dataclasses.replace(config, extra={**config.extra, "tie_word_embeddings": False})
+        survey = survey.with_decoder_bias()
     graphdef, shapes = abstract(lambda: kind(config, rngs=nnx.Rngs(0), **options))
     plan = bert.match(survey, shapes)
     # A pooler is left out only where the caller asks for it; a head is left out because there is nowhere to put it.
@@ -162,7 +163,7 @@ def _write_model(
     tensors = bert.tensors_of(bert.slots_of({path: array.shape for path, array in tree.items()}), tree)
     config = model.config.to_hf() | {"architectures": [type(model).__name__]}
     write_config(folder, config, next(iter(tree.values())).dtype.name)
-    targets.write_torch(folder, tensors, layout or standard_layout(any(map(is_head, tensors))), max_shard_size)
+    targets.write_torch(folder, tensors, layout or standard_layout(tensors), max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import time
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import GOLDEN
+from conftest import DATA, GOLDEN
+from safetensors.numpy import load_file, save_file
 
 from bertjax import SentenceEncoder, __version__
 from bertjax.cli import main
@@ -161,6 +163,168 @@ def test_convert_prints_what_became_of_the_tensors(sentence_folder, tmp_path):
     assert "already exists" in again.stderr
     run("convert", "--force", "--dtype", "bfloat16", sentence_folder, tmp_path / "out")
     assert {str(tensor.dtype) for tensor in open_weights(tmp_path / "out").tensors.values()} == {"bfloat16"}
+
+
+FORMATS = {"safetensors": "model.safetensors", "msgpack": "flax_model.msgpack", "orbax": "params"}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A golden model in every format, each with its certificate beside it, all by the command."""
+    folder = tmp_path_factory.mktemp("converted")
+    for to in FORMATS:
+        run("convert", GOLDEN[0], folder / to, "--to", to, "--certificate", folder / f"{to}.json")
+    return folder
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_convert_to_every_format_and_back(converted, to, tmp_path):
+    assert (converted / to / FORMATS[to]).exists()
+    text = run("convert", converted / to, tmp_path / "back").stdout
+    assert f"written  safetensors, {tmp_path / 'back'}" in text
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (GOLDEN[0] / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("to", "form"), [("safetensors", "safetensors"), ("msgpack", "Flax msgpack"), ("orbax", "Orbax checkpoint")]
+)
+def test_info_names_the_format(converted, to, form):
+    text = run("info", converted / to).stdout
+    assert f"files      {form}, " in text
+    assert text.splitlines()[1:4] == run("info", GOLDEN[0]).stdout.splitlines()[1:4]
+
+
+def test_info_of_a_tensorflow_checkpoint():
+    text = run("info", DATA / "tf1" / "pretrained").stdout
+    assert "files      TensorFlow 1 checkpoint, bert_model.ckpt.index, " in text
+    assert "heads      predictions, seq_relationship" in text
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_certificate_is_written_and_checked(converted, to, tmp_path):
+    path = converted / f"{to}.json"
+    assert json.loads(path.read_text())["bertjax"] == __version__
+    assert f"files are as {path} says" in run("convert", "--check", path, converted / to).stdout
+    shutil.copytree(converted / to, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    result = run("convert", "--check", path, tmp_path / "model", code=1)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Error: {tmp_path / 'model'}: 1 difference(s) from {path}: config.json: 2 bytes, expected ")
+    assert result.stdout == ""
+
+
+def test_convert_says_where_the_certificate_is(tmp_path):
+    text = run("convert", GOLDEN[0], tmp_path / "out", "--certificate", tmp_path / "c.json").stdout
+    assert text.splitlines()[-1] == f"certificate {tmp_path / 'c.json'}"
+
+
+def test_check_says_what_is_wrong_with_its_arguments(converted):
+    path = converted / "msgpack.json"
+    for folder, message in (
+        (GOLDEN[0], f"is what {path} was converted from"),
+        ("/no/such", "/no/such: no such folder"),
+    ):
+        (line,) = run("convert", "--check", path, folder, code=1).stderr.splitlines()
+        assert message in line
+    (line,) = run("convert", "--check", GOLDEN[0] / "config.json", GOLDEN[0], code=1).stderr.splitlines()
+    assert "not a certificate" in line
+    assert "takes one folder" in run("convert", "--check", path, converted / "msgpack", "x", code=2).stderr
+    assert "does not exist" in run("convert", "--check", "/no/such", converted / "msgpack", code=2).stderr
+    for option in ("--force", "--certificate=x", "--to=orbax"):
+        result = run("convert", "--check", path, converted / "msgpack", option, code=2)
+        assert "--check goes with no other option" in result.stderr
+
+
+def masked(folder, change=0, **fields):
+    """A checkpoint with a masked-language-model head and a decoder that is the word embeddings and a change."""
+    tensors = {f"module.bert.{name}": array for name, array in load_file(GOLDEN[0] / "model.safetensors").items()}
+    config = json.loads((GOLDEN[0] / "config.json").read_text())
+    words = tensors["module.bert.embeddings.word_embeddings.weight"]
+    head = {
+        "bias": np.zeros(len(words), np.float32),
+        "decoder.weight": words + np.float32(change),
+        "transform.dense.weight": np.eye(words.shape[1], dtype=np.float32),
+        **{f"transform.{name}": np.ones(words.shape[1], np.float32)
+           for name in ("dense.bias", "LayerNorm.weight", "LayerNorm.bias")},
+    }  # fmt: skip
+    folder.mkdir()
+    save_file(tensors | {f"module.cls.predictions.{name}": array for name, array in head.items()},
+              folder / "model.safetensors")  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]} | fields))
+    return folder
+
+
+def test_convert_with_standard_names(tmp_path):
+    run("convert", masked(tmp_path / "source"), tmp_path / "out", "--standard-names")
+    names = open_weights(tmp_path / "out").tensors
+    assert "bert.pooler.dense.weight" in names
+    assert "cls.predictions.bias" in names
+    assert "cls.predictions.decoder.weight" not in names
+
+
+def test_convert_unties_only_when_it_is_asked_to(tmp_path):
+    source = masked(tmp_path / "source", change=1)
+    (line,) = run("convert", source, tmp_path / "out", code=1).stderr.splitlines()
+    assert "--untie" in line
+    assert os.listdir(tmp_path) == ["source"]
+    run("convert", source, tmp_path / "out", "--untie")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert "module.cls.predictions.decoder.weight" in open_weights(tmp_path / "out").tensors
+
+
+def test_convert_into_shards(tmp_path):
+    run("convert", GOLDEN[0], tmp_path / "out", "--max-shard-size", "8KB")
+    weights = open_weights(tmp_path / "out")
+    assert len(weights.files) > 1
+    assert weights.index == "model.safetensors.index.json"
+    for arguments, message in (
+        (["--max-shard-size", "much"], "'much' is not a size"),
+        (["--max-shard-size", "1GB", "--to", "orbax"], "applies to safetensors"),
+    ):
+        (line,) = run("convert", GOLDEN[0], tmp_path / "no", *arguments, code=1).stderr.splitlines()
+        assert message in line
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_convert_one_of_two_encoders(tmp_path):
+    (tmp_path / "two").mkdir()
+    shutil.copy(GOLDEN[0] / "config.json", tmp_path / "two")
+    tensors = load_file(GOLDEN[0] / "model.safetensors")
+    both = {f"{side}.{name}": array + number for number, side in enumerate("ab") for name, array in tensors.items()}
+    save_file(both, tmp_path / "two" / "model.safetensors")
+    for command in (["convert", tmp_path / "two", tmp_path / "out"], ["info", tmp_path / "two"]):
+        (line,) = run(*command, code=1).stderr.splitlines()
+        assert "2 encoders in one file, under 'a.', 'b.'" in line
+        run(*command, "--prefix", "b.")
+    assert open_weights(tmp_path / "out").tensors.keys() == {f"b.{name}" for name in tensors}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "code"),
+    [
+        (["{golden}"], "missing argument TARGET, the folder to make", 2),
+        ([], "Missing argument 'SOURCE'", 2),
+        (["{golden}", "{out}", "--to", "pickle"], "'pickle' is not one of", 2),
+        (["{golden}", "{out}", "--dtype", "int8"], "'int8' is not one of", 2),
+        (["{golden}", "{out}", "--certificate", "/no/such/c.json"], "there is no folder /no/such", 1),
+        (["{golden}", "{golden}"], "is or holds the source", 1),
+        (["/no/such", "{out}"], "/no/such: no such folder", 1),
+    ],
+)
+def test_a_conversion_that_cant_be_is_refused_before_it_begins(arguments, message, code, tmp_path):
+    filled = [argument.format(golden=GOLDEN[0], out=tmp_path / "out") for argument in arguments]
+    assert message in run("convert", *filled, code=code).stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_help_of_convert_names_every_option_and_format():
+    text = run("convert", "--help").stdout
+    options = (
+        "to dtype max-shard-size standard-names untie prefix certificate check force revision offline ignore-field"
+    )
+    assert all(f"--{option} " in text for option in options.split())
+    assert "[safetensors|msgpack|orbax]" in text
 
 
 def test_the_checkouts_converter_is_the_same(tmp_path):

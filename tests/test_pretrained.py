@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from oracle import require
 from safetensors.numpy import load_file, save_file
 
-from bertjax import BertConfig, BertModel
+from bertjax import BertConfig, BertForMaskedLM, BertModel, SentenceEncoder
 from bertjax.conversion import convert_checkpoint
 from bertjax.convert.files import INDEX_FILE, SINGLE_FILE
 from bertjax.convert.layout import Layout, is_head
@@ -334,7 +334,7 @@ def test_parameters_go_where_the_sharding_says(tmp_path):
 LOAD = """
 import resource, sys
 import jax, numpy
-from bertjax import BertConfig, BertModel
+from bertjax import BertConfig, BertForMaskedLM, BertModel, SentenceEncoder
 from bertjax.pretrained import abstract_model
 BertModel.from_pretrained(sys.argv[1])  # a small one first: what JAX allocates once is not the model's
 def peak():
@@ -500,3 +500,56 @@ def test_unused_tensors_are_named_aloud(tmp_path, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert record.getMessage() == f"{folder}: not used by BertModel: qa_outputs.weight"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_with_a_head_is_written_as_transformers_would(tied, tmp_path):
+    torch, transformers = require("torch"), require("transformers")
+    config = transformers.BertConfig(**SIZES, tie_word_embeddings=tied, initializer_range=0.3)
+    theirs = transformers.BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        theirs.cls.predictions.bias.copy_(torch.arange(40.0))
+        if not tied:
+            theirs.cls.predictions.decoder.bias.copy_(torch.arange(40.0))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = BertForMaskedLM.from_pretrained(tmp_path / "theirs")
+    ours.layout = None  # as of a model that was never read from a file
+    ours.save_pretrained(tmp_path / "ours")
+    again, info = transformers.BertForMaskedLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)).logits.numpy()
+        np.testing.assert_array_equal(again.eval()(torch.tensor(IDS)).logits.numpy(), expected)
+    bound = tolerance(expected, SIZES["num_hidden_layers"])
+    np.testing.assert_allclose(ours(IDS).logits, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("weights", ["safetensors", "bin"])
+def test_an_encoder_in_a_folder_of_its_own_moves_to_the_top(weights, sentence_folder, tmp_path):
+    """As sentence-transformers laid its folders out before 2021, with a pickle for the Dense module as well."""
+    source, expected = tmp_path / "source", SentenceEncoder.from_pretrained(sentence_folder).encode(["the cat sat"])
+    shutil.copytree(sentence_folder, source)
+    (source / "0_Transformer").mkdir()
+    for name in ("config.json", SINGLE_FILE, "tokenizer.json", "tokenizer_config.json", "sentence_bert_config.json"):
+        (source / name).rename(source / "0_Transformer" / name)
+    modules = json.loads((source / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    modules[2:] = [dense, modules[2] | {"path": "3_Normalize"}]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "2_Dense").mkdir()
+    settings = {"in_features": 16, "out_features": 16, "bias": False}
+    settings["activation_function"] = "torch.nn.modules.linear.Identity"
+    (source / "2_Dense" / "config.json").write_text(json.dumps(settings))
+    eye = {"linear.weight": np.eye(16, dtype=np.float32)}
+    save_file(eye, source / "2_Dense" / SINGLE_FILE)
+    if weights == "bin":
+        torch = require("torch")
+        (source / "2_Dense" / SINGLE_FILE).unlink()
+        torch.save({"linear.weight": torch.eye(16)}, source / "2_Dense" / "pytorch_model.bin")
+    convert_checkpoint(source, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.bin")) == []
+    np.testing.assert_array_equal(load_file(tmp_path / "out" / "2_Dense" / SINGLE_FILE)["linear.weight"], np.eye(16))
+    for folder in (source, tmp_path / "out"):
+        found = SentenceEncoder.from_pretrained(folder).encode(["the cat sat"])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)

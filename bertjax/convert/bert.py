@@ -5,15 +5,26 @@ error, and one error names everything that is wrong.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import ml_dtypes
 import numpy as np
 
 from bertjax.convert.layout import POSITION_IDS, TIES, TOKEN_TYPE_IDS, Layout, is_buffer_shape
 from bertjax.convert.names import Survey
 from bertjax.convert.rules import BIAS, EMBED, KERNEL, LINEAR, NORM, Path, Row, Shape, Slot, by_array, expand
-from bertjax.convert.tensors import DTYPE_NAMES, TensorInfo, TensorToWrite, WeightFiles, enumerate_problems
+from bertjax.convert.tensors import (
+    DTYPE_NAMES,
+    TensorInfo,
+    TensorToWrite,
+    WeightFiles,
+    assign,
+    contiguous,
+    enumerate_problems,
+)
 from bertjax.errors import CheckpointError
 
 _LAYER = "encoder.layer.{layer}"
@@ -112,7 +123,7 @@ class Plan:
             dtype: dtype to write; None keeps each tensor's.
         """
         ordered = sorted(self.pairs(), key=lambda pair: (pair[1].file, pair[1].offset))
-        return {slot.name: _copied(slot.name, info, dtype) for slot, info in ordered}
+        return {slot.name: copied(slot.name, info, dtype) for slot, info in ordered}
 
     def summary(self) -> str:
         """A report of what was mapped, tied and left unused, with a total, for a person to read."""
@@ -124,18 +135,24 @@ class Plan:
         norms = "gamma and beta" if self.layout.legacy_norm else "weight and bias"
         buffers = ", ".join(name for name, _, _ in self.layout.buffers)
         ties = ", ".join(f"{self.layout.spell(name)} to {self.layout.spell(TIES[name])}" for name in self.layout.ties)
-        odd = ", ".join(f"{spelling} for {name}" for name, spelling in self.layout.spellings[:20])
+        odd = a_few([f"{spelling} for {name}" for name, spelling in self.layout.spellings])
         return "\n".join(
             [
                 *lines,
                 "",
                 f"mapped   {len(self.slots)} tensors to {len(groups)} arrays, {total:,} parameters, {dtypes}",
-                f"spelling prefix {self.layout.prefix!r}, LayerNorm {norms}{f', {odd}' if odd else ''}",
+                f"spelling prefix {self.layout.prefix!r}, LayerNorm {norms}, others {odd}",
                 f"tied     {ties or 'none'}",
                 f"buffers  {buffers or 'none'}",
-                f"unused   {', '.join(self.unused) or 'none'}",
+                f"unused   {a_few(self.unused)}",
             ]
         )
+
+
+def a_few(names: Collection[str], limit: int = 20) -> str:
+    """Joins names for a report, which says how many it leaves out."""
+    shown = ", ".join(itertools.islice(names, limit))
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown or "none"
 
 
 def _describe_group(path: Path, slots: list[Slot], infos: Mapping[str, TensorInfo]) -> str:
@@ -165,13 +182,13 @@ def _read_array(slots: list[Slot], infos: list[TensorInfo], dtype: np.dtype) -> 
         tensor = info.read()
         view = slot.view(array)
         with np.errstate(over="ignore"):  # an overflow is found, and named, by the next check
-            view[...] = tensor
+            assign(view, tensor)
         _check_finite(info, tensor, view)
     return array
 
 
-def _copied(name: str, info: TensorInfo, dtype: np.dtype | None) -> TensorToWrite:
-    """A tensor to be written as it is read, or cast."""
+def copied(name: str, info: TensorInfo, dtype: np.dtype | None) -> TensorToWrite:
+    """A tensor to be written as it is read, or cast; its data is checked when its turn comes, as in `Plan.arrays`."""
     target = info.dtype if dtype is None else np.dtype(dtype)
 
     def make() -> np.ndarray:
@@ -194,8 +211,16 @@ def _check_finite(info: TensorInfo, tensor: np.ndarray, cast: np.ndarray) -> Non
     raise CheckpointError(f"{where} holds NaN or infinity; the checkpoint is damaged")
 
 
+# The bits of the exponent, all of which are set in NaN and infinity and in nothing else (IEEE 754; bfloat16 is the
+# upper half of float32).
+_EXPONENTS = {np.dtype(np.float16): np.uint16(0x7C00), np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80)}
+
+
 def is_finite(array: np.ndarray) -> bool:
     """Whether no element is NaN or infinite."""
+    exponent = _EXPONENTS.get(array.dtype)
+    if exponent is not None:  # numpy computes in these two dtypes by way of float32, many times slower
+        return not bool(((array.view(np.uint16) & exponent) == exponent).any())
     # NaN and infinity survive a sum, so a finite sum says all at the price of one pass; one that is not may also have
     # overflowed, and then every element is looked at.
     with np.errstate(all="ignore"):
@@ -293,7 +318,7 @@ def _tie_problems(name: str, tensor: TensorInfo, target: TensorInfo | None) -> l
     if (tensor.shape, tensor.dtype) == (target.shape, target.dtype):
         if (tensor.file, tensor.offset, tensor.strides) == (target.file, target.offset, target.strides):
             return []
-        if np.array_equal(*(np.ascontiguousarray(each.read()).reshape(-1).view(np.uint8) for each in (tensor, target))):
+        if np.array_equal(*(contiguous(each.read()).reshape(-1).view(np.uint8) for each in (tensor, target))):
             return []
     advice = "one of the two is wrong"
     if name == _DECODER:
@@ -313,7 +338,7 @@ def _buffer_problems(name: str, tensor: TensorInfo) -> list[str]:
 
 def _buffer(name: str, shape: Shape, dtype: np.dtype) -> np.ndarray:
     count = int(np.prod(shape, dtype=np.int64))
-    values = np.arange(count) if name.endswith(POSITION_IDS) else np.zeros(count)
+    values = np.arange(count) if name.endswith("position_ids") else np.zeros(count)
     return values.astype(dtype).reshape(shape)
 
 
@@ -345,8 +370,8 @@ def export(tensors: Mapping[str, TensorToWrite], layout: Layout) -> list[TensorT
     ties = {name: tensors[TIES[name]] for name in layout.ties if _PREDICTIONS in tensors}
     named = [dataclasses.replace(tensor, name=layout.spell(name)) for name, tensor in (tensors | ties).items()]
     result = named + [buffer(*each) for each in layout.buffers]
-    names = [tensor.name for tensor in result]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    counts = Counter(tensor.name for tensor in result)
+    twice = [name for name, count in counts.items() if count > 1]
     if twice:
         raise CheckpointError(f"the layout gives several tensors the name {', '.join(map(repr, twice))}")
     return result

@@ -20,17 +20,23 @@ from bertjax.convert.tensors import (
     Contents,
     TensorInfo,
     TensorToWrite,
+    ahead,
     check_shape,
     enumerate_problems,
     what_it_is,
 )
 from bertjax.errors import CheckpointError, SourceError
+from bertjax.json_files import check_regular
 
 #: What `Contents.format` says of these files.
 FORMAT = "safetensors"
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# The header of a BERT of 1024 layers, the most that a configuration may ask for, has 2 MB; the library allows 100 MB,
+# which take gigabytes when they are read.
+_MAX_HEADER = 4 << 20
 
 
 def read_header(path: Path) -> Contents:
@@ -41,8 +47,10 @@ def read_header(path: Path) -> Contents:
         CheckpointError: it is not a well-formed safetensors file, or holds a dtype that no BERT has.
     """
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             start = file.read(512)
+            _check_length(path, start)
             with safe_open(path, "numpy") as checked:  # holes, overlaps, overflow, trailing bytes
                 metadata = dict(checked.metadata() or {})
             file.seek(0)
@@ -50,6 +58,8 @@ def read_header(path: Path) -> Contents:
             header = json.loads(file.read(size), object_pairs_hook=_unique)
     except SafetensorError as problem:
         raise CheckpointError(f"{path}: {_not_safetensors(start) or f'not a safetensors file ({problem})'}") from None
+    except (CheckpointError, SourceError):
+        raise
     except OSError as problem:
         raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
     except ValueError as problem:
@@ -63,6 +73,13 @@ def read_header(path: Path) -> Contents:
         check_shape(path, name, shape)
         tensors[name] = TensorInfo(name, path, DTYPES[entry["dtype"]], shape, 8 + size + begin)
     return Contents(FORMAT, tensors, metadata)
+
+
+def _check_length(path: Path, start: bytes) -> None:
+    """Refuses a header that the library would still read, into gigabytes of tensors that are all empty."""
+    length = int.from_bytes(start[:8], "little")
+    if _MAX_HEADER < length <= os.path.getsize(path) and not _not_safetensors(start):
+        raise CheckpointError(f"{path}: not a safetensors file (its header has {length:,} bytes; no BERT's is as long)")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -81,7 +98,7 @@ def _not_safetensors(start: bytes) -> str | None:
 
 
 def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, one tensor in memory at a time.
+    """Writes a safetensors file, two tensors in memory at a time.
 
     Tensors are laid out as the safetensors library does it (widest dtype first, then by name), so that a file written
     from the same tensors by either is the same file. The data is flushed to the disk before this returns.
@@ -103,8 +120,8 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: Ma
     try:
         with open(path, "xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in ordered:
-                file.write(tensor.data().reshape(-1).view(np.uint8))
+            for data in ahead(tensor.data for tensor in ordered):
+                file.write(data.reshape(-1).view(np.uint8))
             file.flush()
             os.fsync(file.fileno())
     except SourceError:  # a tensor that is copied could not be read

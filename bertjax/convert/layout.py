@@ -7,7 +7,7 @@ buffer, a prefix) carry the layout beside them, in a small JSON file.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,19 @@ class Layout:
         return prefix + name
 
 
-def standard_layout(heads: bool) -> Layout:
+def standard_layout(names: Collection[str]) -> Layout:
     """The layout that transformers itself writes.
 
+    A decoder that is not tied has a bias of its own in transformers 5, which makes one up where it finds none; it is
+    written under both names, and so as well for transformers 4, which knows `cls.predictions.bias` only.
+
     Args:
-        heads: whether the model has heads, beside which the encoder is called "bert.".
+        names: the model's tensors, by bertjax's names. Beside a head, the encoder is called "bert.".
     """
-    return Layout(prefix="bert." if heads else "")
+    untied = "cls.predictions.decoder.weight" in names
+    return Layout(
+        prefix="bert." if any(map(is_head, names)) else "", ties=("cls.predictions.decoder.bias",) if untied else ()
+    )
 
 
 def write_layout(path: Path, layout: Layout, dtypes: Mapping[str, str] | None = None) -> None:
@@ -138,7 +144,8 @@ def _is_buffer(value: Any) -> bool:
     name, shape, dtype = value
     sizes = isinstance(shape, list) and all(type(size) is int for size in shape)
     # The same bound as for a buffer in a weight file.
-    named = isinstance(name, str) and name.endswith((POSITION_IDS, TOKEN_TYPE_IDS))
+    # The last part only: a wrapper's may stand before it.
+    named = isinstance(name, str) and name.split(".")[-1] in ("position_ids", "token_type_ids")
     return named and sizes and isinstance(dtype, str) and dtype in _DTYPES and is_buffer_shape(tuple(shape))
 
 

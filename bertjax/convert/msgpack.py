@@ -7,9 +7,9 @@ occur are read and written here, and the data is skipped.
 """
 
 import dataclasses
+import functools
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -22,11 +22,14 @@ from bertjax.convert.tensors import (
     Contents,
     TensorInfo,
     TensorToWrite,
+    ahead,
     check_shape,
+    contiguous,
     read_flat,
     what_it_is,
 )
 from bertjax.errors import CheckpointError, SourceError
+from bertjax.json_files import check_regular
 
 SINGLE_FILE = "flax_model.msgpack"
 INDEX_FILE = "flax_model.msgpack.index.json"
@@ -137,8 +140,7 @@ def read_msgpack(path: Path) -> Contents:
         CheckpointError: it is not a well-formed msgpack file, or holds something other than arrays of numbers.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for its other end
-            raise SourceError(f"{path}: can't be read (it is not a regular file); put the file itself there")
+        check_regular(path)
         with open(path, "rb") as file:
             return Contents("Flax msgpack", _tensors(_Cursor(path, file)))
     except SourceError:
@@ -336,7 +338,7 @@ def _tensor(file: Path, path: rules.Path, array: _Array) -> TensorInfo:
 
 
 def write_msgpack(path: Path, tensors: Iterable[TensorToWrite]) -> None:
-    """Writes a file that FlaxBert loads, one tensor in memory at a time.
+    """Writes a file that FlaxBert loads, two tensors in memory at a time.
 
     The tensors are written in the order given, except that those of one module stay together. The file is the one that
     Flax writes from the same nested dict. The data is flushed to the disk before this returns. Which parameters
@@ -353,7 +355,8 @@ def write_msgpack(path: Path, tensors: Iterable[TensorToWrite]) -> None:
     tree = _tree(path, tensors)
     try:
         with open(path, "xb") as file:
-            _write_map(file, tree)
+            leaves = (functools.partial(_in_flax_order, tensor) for _, tensor in rules.flatten(tree))
+            _write_map(file, tree, ahead(leaves))
             file.flush()
             os.fsync(file.fileno())
     except SourceError:  # a tensor that is copied could not be read
@@ -381,22 +384,27 @@ def _tree(path: Path, tensors: Iterable[TensorToWrite]) -> dict:
     return rules.unflatten(leaves.items())
 
 
-def _write_map(file: BinaryIO, tree: Mapping) -> None:
-    file.write(_header("map", len(tree)))
-    for key, value in tree.items():
-        file.write(_packed_text(key))
-        if isinstance(value, Mapping):
-            _write_map(file, value)
-        else:
-            _write_tensor(file, value)
-
-
-def _write_tensor(file: BinaryIO, tensor: TensorToWrite) -> None:
+def _in_flax_order(tensor: TensorToWrite) -> np.ndarray:
+    """A tensor's data as Flax has it."""
     # Transposed before it is made contiguous: what comes from a Flax kernel is one already, so nothing is copied.
     array = np.asarray(tensor.make(), tensor.dtype)
     assert array.shape == tensor.shape, (tensor.name, array.shape, tensor.shape)
     transpose = flax_path(tensor.name)[1] and array.ndim == 2
-    array = np.asarray(array.T if transpose else array, order="C")
+    return contiguous(array.T if transpose else array)
+
+
+def _write_map(file: BinaryIO, tree: Mapping, arrays: Iterator[np.ndarray]) -> None:
+    """Writes nested maps, whose leaves' data come in the same order."""
+    file.write(_header("map", len(tree)))
+    for key, value in tree.items():
+        file.write(_packed_text(key))
+        if isinstance(value, Mapping):
+            _write_map(file, value, arrays)
+        else:
+            _write_tensor(file, next(arrays))
+
+
+def _write_tensor(file: BinaryIO, array: np.ndarray) -> None:
     if array.nbytes <= _PIECE_BYTES:
         _write_array(file, array)
         return

@@ -19,6 +19,17 @@ _MAX_ENCODERS = 16  # in one file; a limit only so that looking for them takes l
 # DistributedDataParallel, torch.compile, FSDP, activation checkpointing. No module of BERT's is called so.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
+# What other models call an encoder whose tensors are called, and shaped, like BERT's.
+_FOREIGN = {
+    "roberta": "RoBERTa, XLM-R or CamemBERT",
+    "electra": "ELECTRA",
+    "camembert": "CamemBERT",
+    "xlm_roberta": "XLM-R",
+    "layoutlm": "LayoutLM",
+    "ernie": "ERNIE",
+    "esm": "ESM",
+}
+
 _BIAS, _DECODER_BIAS = "cls.predictions.bias", "cls.predictions.decoder.bias"
 
 
@@ -42,6 +53,19 @@ class Survey:
     tensors: Mapping[str, TensorInfo]
     strange: tuple[TensorInfo, ...]
     others: tuple[str, ...]
+
+    def with_decoder_bias(self) -> "Survey":
+        """The same checkpoint, whose masked-language-model head has its bias under both names.
+
+        transformers 5 gives a decoder that is not tied a bias of its own, and makes one up where the file has only
+        `cls.predictions.bias`.
+        """
+        bias = self.tensors.get(_BIAS)
+        if bias is None or _DECODER_BIAS in self.tensors or bias.name.endswith(_DECODER_BIAS):
+            return self
+        again = dataclasses.replace(bias, name=bias.name.removesuffix("bias") + "decoder.bias")
+        weights = dataclasses.replace(self.weights, tensors={**self.weights.tensors, again.name: again})
+        return dataclasses.replace(self, weights=weights, tensors={**self.tensors, _DECODER_BIAS: again})
 
     def layout(self) -> Layout:
         """The file's spelling; ties and buffers are found where the tensors are matched to a model."""
@@ -72,6 +96,7 @@ def survey(weights: WeightFiles, prefix: str | None = None) -> Survey:
     bare = _without_wrappers(weights)
     prefixes = _find_prefixes(weights, bare)
     chosen = _choose_prefix(weights, prefixes, prefix)
+    _refuse_foreign(weights, chosen)
     others = _names_of_others(bare, list(prefixes), chosen)
     tensors: dict[str, TensorInfo] = {}
     strange = []
@@ -86,7 +111,14 @@ def survey(weights: WeightFiles, prefix: str | None = None) -> Survey:
     tensors, legacy = _modern(weights, tensors)
     if _DECODER_BIAS in tensors and _BIAS not in tensors:  # transformers has saved the one bias under either name
         tensors = {_BIAS if name == _DECODER_BIAS else name: info for name, info in tensors.items()}
-    return Survey(weights, prefixes[chosen], legacy, tensors, tuple(strange), tuple(others))
+    return Survey(
+        weights,
+        prefixes[chosen],
+        legacy,
+        tensors,
+        tuple(strange),
+        tuple(info.name for info in bare.values() if info.name in others),
+    )
 
 
 def _without_wrappers(weights: WeightFiles) -> dict[str, TensorInfo]:
@@ -131,6 +163,16 @@ def _choose_prefix(weights: WeightFiles, prefixes: Mapping[str, str], asked: str
     if asked in spellings:
         return list(prefixes)[spellings.index(asked)]
     raise CheckpointError(f"{weights.folder}: no encoder under the prefix {asked!r}, only under {found}")
+
+
+def _refuse_foreign(weights: WeightFiles, prefix: str) -> None:
+    """Refuses an encoder that by its name is another model's, whatever the configuration says."""
+    foreign = [part for part in prefix.split(".") if part in _FOREIGN]
+    if foreign:
+        raise CheckpointError(
+            f"{weights.folder}: the encoder is called {prefix!r}, so this is {_FOREIGN[foreign[0]]}, not BERT; it has "
+            "tensors of the same names, but computes something else"
+        )
 
 
 def _names_of_others(bare: Mapping[str, TensorInfo], prefixes: list[str], chosen: str) -> set[str]:

@@ -11,6 +11,7 @@ Both libraries are imported when they are first needed: Orbax takes a second to 
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bertjax.convert import rules
-from bertjax.convert.tensors import DTYPE_NAMES, check_shape, inside
+from bertjax.convert.tensors import DTYPE_NAMES, check_ratio, check_shape, inside
 from bertjax.errors import CheckpointError, SourceError
 from bertjax.json_files import read_json
 
@@ -116,7 +117,7 @@ def read_orbax(path: Path) -> Mapping[rules.Path, OrbaxArray]:
         SourceError: there is no such folder, or something in it leads out of it or is not a file.
         CheckpointError: it is not an Orbax checkpoint, is damaged, or holds something other than arrays of numbers.
     """
-    _check_files(path)
+    held = _check_files(path)
     if not (path / METADATA_FILE).exists():
         raise CheckpointError(f"{path}: not an Orbax checkpoint of a tree; it has no file {METADATA_FILE}")
     arrays: dict[rules.Path, OrbaxArray] = {}
@@ -124,11 +125,13 @@ def read_orbax(path: Path) -> Mapping[rules.Path, OrbaxArray]:
         if place in arrays:
             raise CheckpointError(f"{path / METADATA_FILE}: describes {'/'.join(place)!r} twice")
         arrays[place] = _describe(path, place, spec)
+    check_ratio(path, sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays.values()), held)
     return arrays
 
 
-def _check_files(folder: Path) -> None:
-    """Refuses a folder in which something else stands where a file is expected."""
+def _check_files(folder: Path) -> int:
+    """Refuses a folder in which something else stands where a file is expected; returns the size of all files."""
+    held = 0
 
     def fail(problem: OSError) -> None:
         raise SourceError(f"{folder}: can't be read ({problem.strerror or problem})")
@@ -137,11 +140,13 @@ def _check_files(folder: Path) -> None:
         for name in (*folders, *files):
             entry = inside(folder, (Path(root) / name).relative_to(folder))
             try:
-                mode = entry.stat().st_mode
+                status = entry.stat()
             except OSError as problem:
                 raise SourceError(f"{entry}: can't be read ({problem.strerror or problem})") from None
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
                 raise SourceError(f"{entry}: is neither a file nor a folder; remove it")
+            held += status.st_size
+    return held
 
 
 def _leaves(folder: Path) -> Iterator[tuple[rules.Path, Mapping[str, Any]]]:

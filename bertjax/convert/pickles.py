@@ -8,21 +8,24 @@ There are two containers, both written by torch.save (torch/serialization.py):
   object, the keys of the storages; then for each key a count of elements and the numbers.
 
 The pickles are read as data by `opcodes`. Whatever the zip format says twice must agree, and the members must fill the
-file without a gap, so that no two readers can see different files in one. The checksum of data.pkl is compared; those
-of the storages are not, because that would take reading all numbers twice.
+file without a gap, so that no two readers can see different files in one. Checksums are compared: that of data.pkl at
+once, and that of a storage when the tensor that fills it is read.
 """
 
+import dataclasses
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
+
 from bertjax.convert.opcodes import Malformed, Pickle, Storage, Tensor, interpret, kind, quote
-from bertjax.convert.tensors import Contents, TensorInfo, check_shape, enumerate_problems, span, what_it_is
+from bertjax.convert.tensors import Contents, TensorInfo, check_ratio, check_shape, enumerate_problems, span, what_it_is
 from bertjax.errors import CheckpointError, SourceError
+from bertjax.json_files import check_regular
 
 ZIP, LEGACY = "PyTorch zip pickle", "PyTorch legacy pickle"
 
@@ -41,10 +44,31 @@ _STATE_DICTS = ("state_dict", "model_state_dict")
 
 
 class _Place(NamedTuple):
-    """Where a storage's numbers lie in the file, in bytes."""
+    """Where a storage's numbers lie in the file, in bytes, and their checksum; 0: it was not computed."""
 
     offset: int
     nbytes: int
+    crc: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ChecksummedTensor(TensorInfo):
+    """A tensor that fills a member of a zip archive.
+
+    Attributes:
+        crc: the member's CRC-32.
+    """
+
+    crc: int = 0
+
+    def _read_flat(self) -> np.ndarray:
+        data = super()._read_flat()
+        if zlib.crc32(data.view(np.uint8)) != self.crc:
+            raise CheckpointError(
+                f"{self.file}: tensor {self.name!r} does not have the checksum that the archive says; it is damaged, "
+                "download it again"
+            )
+        return data
 
 
 class _Found(NamedTuple):
@@ -68,10 +92,7 @@ def read_pickle(path: Path) -> Contents:
             modules, quantised or sparse tensors); is damaged; or holds something other than plain tensors.
     """
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # opening a FIFO would wait for a writer
-            what = "Is a directory" if stat.S_ISDIR(mode) else "it is not a regular file"
-            raise SourceError(f"{path}: can't be read ({what})")
+        check_regular(path)
         with open(path, "rb") as file:
             found = _open(file, os.fstat(file.fileno()).st_size)
         state, left_out = _state_dict(found.value)
@@ -81,7 +102,11 @@ def read_pickle(path: Path) -> Contents:
         raise CheckpointError(f"{path}: {problem}") from None
     except OSError as problem:
         raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
-    return Contents(found.format, _tensors(path, state, found), left_out=left_out)
+    tensors = _tensors(path, state, found)
+    check_ratio(
+        path, sum(tensor.nbytes for tensor in tensors.values()), sum(place.nbytes for place in found.places.values())
+    )
+    return Contents(found.format, tensors, left_out=left_out)
 
 
 def _open(file: BinaryIO, size: int) -> _Found:
@@ -250,7 +275,8 @@ def _walk(file: BinaryIO, directory: list[_Member], end: int) -> Iterator[tuple[
         gap = following - offset - member.size
         if not 0 <= gap <= 24 or _read_at(file, following - gap, gap) not in _descriptors(member):
             raise Malformed(f"{member} does not end where the next begins; they overlap, or there are bytes between")
-        yield member.name, _Place(offset, member.size)
+        # torch writes zeros on request: torch.serialization.set_crc32_options(False).
+        yield member.name, _Place(offset, member.size, member.crc)
 
 
 def _check_local(file: BinaryIO, member: _Member, end: int) -> int:
@@ -282,8 +308,7 @@ def _descriptors(member: _Member) -> list[bytes]:
 def _read_member(file: BinaryIO, member: _Member, places: Mapping[bytes, _Place], limit: int) -> bytes:
     if member.size > limit:
         raise Malformed(f"{member} has {member.size} bytes; at most {limit} are read")
-    data = _read_at(file, *places[member.name])
-    # torch writes zeros on request: torch.serialization.set_crc32_options(False).
+    data = _read_at(file, *places[member.name][:2])
     if member.crc not in (0, zlib.crc32(data)):
         raise Malformed(f"{member} does not have the checksum that the archive says; it is damaged, download it again")
     return data
@@ -324,7 +349,7 @@ def _walk_storages(file: BinaryIO, size: int, keys: Pickle, storages: Mapping[st
         file.seek(offset)
         count = int.from_bytes(file.read(8), "little", signed=True)
         place = places[key] = _Place(offset + 8, storages[key].nbytes)
-        offset = sum(place)
+        offset = place.offset + place.nbytes
         if offset > size:
             raise Malformed(f"the file ends inside storage {quote(key)}; the download did not finish")
         if count != storages[key].count:
@@ -390,7 +415,10 @@ def _info(path: Path, name: object, entry: object, found: _Found) -> TensorInfo:
     if offset + span(shape, strides) > storage.count:
         raise Malformed(f"tensor {name!r} reaches beyond the {storage.count} elements of its storage")
     start = place.offset + offset * storage.dtype.itemsize
-    return TensorInfo(name, path, storage.dtype, shape, start, strides, found.big_endian)
+    info = TensorInfo(name, path, storage.dtype, shape, start, strides, found.big_endian)
+    if place.crc and info.span == storage.count:
+        return ChecksummedTensor(**vars(info), crc=place.crc)
+    return info
 
 
 def _are_sizes(values: object) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+import reprlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bertjax.convert import bert, files, msgpack, tf1
-from bertjax.convert.layout import LAYOUT_FILE, is_head, read_layout, standard_layout
+from bertjax.convert.layout import LAYOUT_FILE, Layout, read_layout, standard_layout
 from bertjax.convert.pickles import read_pickle
 from bertjax.convert.rules import Path as TreePath
 from bertjax.convert.rules import Slot
@@ -58,6 +59,12 @@ _OTHER_WEIGHTS = (
 
 # Layers in a tree; far more than any BERT has.
 _MAX_DEPTH = 1 << 10
+# A BERT of as many layers has 16 tensors in each. Every name is looked for among the spellings.
+_MAX_SPELLINGS = 1 << 14
+# Shards; a BERT-large has one or two.
+_MAX_SHARDS = 1 << 10
+# Characters in a file's name that any file system takes.
+_MAX_NAME = 200
 
 
 def open_weights(path: Path) -> WeightFiles:
@@ -124,9 +131,14 @@ def _open_shards(index: Path, form: _Format) -> WeightFiles:
     listed = defaultdict(set)
     for name, shard in weight_map.items():
         # A shard is a plain file name: anything else could point outside the folder.
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+" + re.escape(form.suffixes[0]), shard):
-            raise CheckpointError(f"{index}: weight_map[{name!r}] is {shard!r}, expected a file name in this folder")
+        if not isinstance(shard, str) or not _is_shard(shard, form):
+            raise CheckpointError(
+                f"{index}: weight_map[{reprlib.repr(name)}] is {reprlib.repr(shard)}, expected a file name in this "
+                f"folder that ends in {form.suffixes[0]}"
+            )
         listed[shard].add(name)
+    if len(listed) > _MAX_SHARDS:
+        raise CheckpointError(f"{index}: names {len(listed):,} files, more than {_MAX_SHARDS:,}; no BERT has as many")
     tensors: dict[str, TensorInfo] = {}
     problems, opened = [], []
     for shard, names in sorted(listed.items()):
@@ -141,13 +153,42 @@ def _open_shards(index: Path, form: _Format) -> WeightFiles:
     return WeightFiles(opened[0].format, tensors, opened[0].metadata, {}, folder, tuple(sorted(listed)), index.name)
 
 
+def _is_shard(name: str, form: _Format) -> bool:
+    """Whether a shard is called by a plain file name, and not by a path."""
+    return len(name) < _MAX_NAME and re.fullmatch(r"[\w.-]+" + re.escape(form.suffixes[0]), name) is not None
+
+
 def _with_layout(weights: WeightFiles) -> WeightFiles:
     """Adds the layout that stands beside weights in a format that can't hold it."""
     path = weights.folder / LAYOUT_FILE
     if weights.format == files.FORMAT or not path.exists():
         return weights
-    layout, _ = read_layout(inside(weights.folder, LAYOUT_FILE))
+    layout, _ = _read_layout(weights.folder)
     return dataclasses.replace(weights, layout=layout)
+
+
+def _read_layout(folder: Path) -> tuple[Layout, dict[str, str]]:
+    """Reads the layout in a folder, and checks that the files that it makes a conversion write are inside theirs."""
+    path = inside(folder, LAYOUT_FILE)
+    layout, dtypes = read_layout(path)
+    if len(layout.spellings) > _MAX_SPELLINGS:
+        raise CheckpointError(
+            f"{path}: spells {len(layout.spellings)} names in its own way; no BERT has as many tensors"
+        )
+    texts = [part for pair in (*layout.spellings, *layout.metadata) for part in pair]
+    try:
+        "".join([layout.prefix, *texts, *(name for name, _, _ in layout.buffers)]).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{path}: a name holds half of a surrogate pair, which no weights can be called"
+        ) from None
+    for name, shard in layout.shards:
+        if not _is_shard(shard, _FORMATS[0]):
+            raise CheckpointError(
+                f"{path}: the shard of {reprlib.repr(name)} is {reprlib.repr(shard)}, expected a plain file name that "
+                f"ends in {_FORMATS[0].suffixes[0]}; remove {LAYOUT_FILE} to do without"
+            )
+    return layout, dtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,8 +212,8 @@ def _open_tree(folder: Path) -> WeightFiles:
     shapes = {path: array.shape for path, array in arrays.items()}
     slots = _tree_slots(root, shapes)
     sidecar = inside(folder, LAYOUT_FILE)
-    layout, narrower = read_layout(sidecar) if sidecar.exists() else (None, {})
-    names = standard_layout(any(is_head(slot.name) for slot in slots))
+    layout, narrower = _read_layout(folder) if sidecar.exists() else (None, {})
+    names = standard_layout([slot.name for slot in slots])
     load = functools.cache(lambda path: arrays[path].read())
     tensors = {}
     for position, slot in enumerate(slots):

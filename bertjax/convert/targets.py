@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from bertjax.convert import bert, msgpack
 from bertjax.convert.files import INDEX_FILE, SINGLE_FILE, write_safetensors
-from bertjax.convert.layout import LAYOUT_FILE, Layout, is_head, standard_layout, write_layout
+from bertjax.convert.layout import LAYOUT_FILE, Layout, standard_layout, write_layout
 from bertjax.convert.tensors import TensorToWrite
 from bertjax.errors import CheckpointError, InputError
 
@@ -58,16 +59,25 @@ def _divide(tensors: Iterable[TensorToWrite], max_shard_size: int | str) -> dict
     """The file of each tensor by name, as the Hub's client divides them; empty if one file is enough."""
     from huggingface_hub import split_state_dict_into_shards_factory  # slow to import, and seldom needed
 
-    try:
-        split = split_state_dict_into_shards_factory(
-            {tensor.name: tensor for tensor in tensors},
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as problem:
-        raise InputError(f"max_shard_size={max_shard_size!r} is not a size: {problem}") from None
+    split = split_state_dict_into_shards_factory(
+        {tensor.name: tensor for tensor in tensors},
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_bytes(max_shard_size),
+    )
     return split.tensor_to_filename if split.is_sharded else {}
+
+
+_SIZE = re.compile(r"(\d{1,12}(?:\.\d{1,12})?) ?([KMGT])B", re.ASCII | re.IGNORECASE)
+
+
+def _bytes(size: int | str) -> int:
+    """A size in bytes. Raises `InputError` for what is none."""
+    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    count = int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2].upper()))) if found else size
+    if type(count) is not int or count < 1:
+        raise InputError(f"max_shard_size={size!r} is not a size; expected a number of bytes, or one as in 5GB")
+    return count
 
 
 def write_flax(folder: Path, tensors: Mapping[str, TensorToWrite], layout: Layout) -> None:
@@ -81,7 +91,7 @@ def write_flax(folder: Path, tensors: Mapping[str, TensorToWrite], layout: Layou
     Raises:
         SourceError, CheckpointError: see `write_torch`.
     """
-    names = standard_layout(any(map(is_head, tensors)))
+    names = standard_layout(tensors)
     msgpack.write_msgpack(
         folder / msgpack.SINGLE_FILE,
         [dataclasses.replace(tensor, name=names.spell(name)) for name, tensor in tensors.items()],

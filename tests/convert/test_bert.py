@@ -357,6 +357,23 @@ def test_any_mixture_of_dtypes_comes_back_per_tensor(tmp_path):
         assert_same(copied(tmp_path, plan), mixed)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_every_short_number_is_known_to_be_finite_or_not(dtype):
+    numbers = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):
+        expected = np.isfinite(numbers)
+    assert [bert.is_finite(number) for number in numbers[:, None]] == expected.tolist()
+    assert bert.is_finite(numbers[expected])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_sum_that_overflows_is_finite_all_the_same(dtype):
+    largest = np.full((3, 4), np.finfo(dtype).max, dtype)
+    assert bert.is_finite(largest)
+    assert not bert.is_finite(np.where(np.eye(3, 4), dtype(np.nan), largest))
+    assert not bert.is_finite(np.array([np.inf, -np.inf], dtype))
+
+
 @pytest.mark.parametrize("first", FLOATS)
 @pytest.mark.parametrize("second", FLOATS)
 def test_a_stack_of_two_dtypes_holds_both_exactly(first, second, tmp_path):

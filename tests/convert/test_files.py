@@ -170,7 +170,7 @@ def test_any_damaged_byte_is_read_or_refused_but_never_anything_else(tmp_path_fa
 @pytest.mark.parametrize("twice", [False, True])
 def test_a_header_of_very_many_tensors_takes_linear_time(twice, tmp_path):
     """A hostile header: quadratic code would take hours."""
-    count = 100_000
+    count = 30_000
     text = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
     (tmp_path / SINGLE_FILE).write_bytes(pack(f"{{{text},{text}}}".encode() if twice else f"{{{text}}}".encode()))
     start = time.process_time()

@@ -136,6 +136,19 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 )
 
 
+def test_a_changed_number_is_found_by_its_checksum(tmp_path):
+    torch = oracle.require("torch")
+    content = {"filled": torch.full((5,), 2.0), "part": torch.full((9,), 3.0)[2:]}
+    torch.save(content, tmp_path / "good")
+    for name, tensor in content.items():
+        old = tensor.numpy().tobytes()
+        (tmp_path / name).write_bytes((tmp_path / "good").read_bytes().replace(old, old[:-1] + b"\0"))
+    with pytest.raises(CheckpointError, match="tensor 'filled' does not have the checksum"):
+        read_pickle(tmp_path / "filled").tensors["filled"].read()
+    # Only what fills its storage is read as a whole.
+    assert not (read_pickle(tmp_path / "part").tensors["part"].read() == 3).all()
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_random_state_dicts_are_read_as_torch_wrote_them(tmp_path_factory, data):
