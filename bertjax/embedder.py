@@ -68,14 +68,16 @@ class SentenceEncoder:
         limits = [spec.max_seq_length or tokenizer.model_max_length or positions, positions]
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ConfigError(
-                f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary ends at "
-                f"{model.config.vocab_size - 1}; they do not belong together"
+                f"{spec.transformer}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary "
+                f"ends at {model.config.vocab_size - 1}; they do not belong together"
             )
         if step_tokens is not None:
             check_positive("step_tokens", step_tokens)
         special = tokenizer.num_special_tokens(pair=False)
         if min(limits) < special:
-            raise ConfigError(f"at most {min(limits)} tokens leave no room for the {special} special tokens")
+            raise ConfigError(
+                f"{spec.transformer}: at most {min(limits)} tokens leave no room for the {special} special tokens"
+            )
         if limits[0] > positions:
             logger.warning("texts are cut at the model's %d positions, not at %d tokens", positions, limits[0])
         self.model = model

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from bertjax.convert.tensors import inside
 from bertjax.errors import ConfigError
+from bertjax.folders import find
 from bertjax.json_files import read_json
 from bertjax.sentence import DENSE_ACTIVATIONS, POOLING_MODES
 
@@ -118,34 +120,40 @@ def read_spec(folder: Path, pooling: str | tuple[str, ...] | None = None) -> Sen
         pooling: pooling mode(s) to use in the place of the folder's.
 
     Raises:
-        SourceError: a file that modules.json needs is missing.
+        SourceError: a file that modules.json needs is missing; or a file is no regular file, can't be read, or is a
+            link out of the folder.
         ConfigError: a file is malformed, or names something that is not known here.
     """
     modes = (pooling,) if isinstance(pooling, str) else pooling
-    if not (folder / "modules.json").exists():
+    if find(folder, "modules.json") is None:
         if modes is None:
             raise ConfigError(
                 f"{folder}: no modules.json, so nothing says how token vectors become a text's vector; pass "
                 f"pooling= (or --pooling) with one of {', '.join(POOLING_MODES)}; most such models were trained with "
                 "'mean' or 'cls'"
             )
-        return SentenceSpec(transformer=folder, pooling=_check_modes("pooling", modes), **_settings(folder))
+        return SentenceSpec(transformer=folder, pooling=_check_modes("pooling", modes), **_settings(folder, ""))
     # First, because it says most plainly what else a folder is, for instance a cross-encoder.
-    top_settings = _top_settings(folder / "config_sentence_transformers.json")
-    (_, transformer), (_, pooling_folder), *rest = _modules(folder)
-    found_modes, include_prompt = _read_pooling(pooling_folder / "config.json")
+    top_settings = _top_settings(folder)
+    (_, transformer), (_, pooling_name), *rest = _modules(folder)
+    found_modes, include_prompt = _read_pooling(inside(folder, Path(pooling_name, "config.json")))
     return SentenceSpec(
-        transformer=transformer,
+        transformer=folder / transformer,
         pooling=found_modes if modes is None else _check_modes("pooling", modes),
         include_prompt=include_prompt,
-        modules=tuple(_read_dense(path) if kind == "dense" else _read_normalize(path) for kind, path in rest),
-        **_settings(transformer),
+        modules=tuple(
+            _read_dense(folder, name) if kind == "dense" else _read_normalize(folder, name) for kind, name in rest
+        ),
+        **_settings(folder, transformer),
         **top_settings,
     )
 
 
-def _modules(folder: Path) -> list[tuple[str, Path]]:
-    """The kind and folder of every module, checked to be a transformer, a pooling, then Dense and Normalize."""
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """The kind and folder of every module, checked to be a transformer, a pooling, then Dense and Normalize.
+
+    The folders are relative to the model's, and inside it.
+    """
     file = folder / "modules.json"
     modules = []
     for name, path in _read_modules(file):
@@ -153,7 +161,8 @@ def _modules(folder: Path) -> list[tuple[str, Path]]:
             raise ConfigError(f"{file}: module type {_show(name)} is not supported; known: {', '.join(_MODULE_TYPES)}")
         if not isinstance(path, str) or not _is_inside(path):
             raise ConfigError(f"{file}: path {_show(path)} is not the name of a folder inside the model's")
-        modules.append((_MODULE_TYPES[name], folder / path))
+        inside(folder, path)
+        modules.append((_MODULE_TYPES[name], path))
     order = [kind for kind, _ in modules]
     if order[:2] != ["transformer", "pooling"] or not set(order[2:]) <= {"dense", "normalize"}:
         raise ConfigError(
@@ -201,8 +210,8 @@ def _check_modes(where: str, modes: Any) -> tuple[str, ...]:
     return tuple(modes)
 
 
-def _read_dense(folder: Path) -> DenseSpec:
-    file = folder / "config.json"
+def _read_dense(folder: Path, name: str) -> DenseSpec:
+    file = inside(folder, Path(name, "config.json"))
     config = read_json(file, ConfigError)
     names = {"module_input_name", "module_output_name"}
     _refuse_unknown(
@@ -218,7 +227,7 @@ def _read_dense(folder: Path) -> DenseSpec:
             f"{file}: activation_function {_show(activation)} is not supported; known: {', '.join(DENSE_ACTIVATIONS)}"
         )
     return DenseSpec(
-        folder,
+        folder / name,
         *sizes,
         use_bias=_expect(file, config, "bias", bool, True),
         activation=activation,
@@ -226,18 +235,18 @@ def _read_dense(folder: Path) -> DenseSpec:
     )
 
 
-def _read_normalize(folder: Path) -> None:
+def _read_normalize(folder: Path, name: str) -> None:
     """Normalize has no settings of its own, and often no folder."""
-    file = folder / "config.json"
-    if file.exists():
+    file = find(folder, Path(name, "config.json"))
+    if file is not None:
         config = read_json(file, ConfigError)
         _refuse_unknown(file, config, {"module_input_name", "module_output_name"})
         _refuse_renamed(file, config)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def _settings(folder: Path, transformer: str) -> dict[str, Any]:
     """The transformer module's settings that matter here: of the first of the files that says anything."""
-    files = [folder / name for name in _SETTINGS_FILES if (folder / name).exists()]
+    files = [file for name in _SETTINGS_FILES if (file := find(folder, Path(transformer, name))) is not None]
     file, config = next(((file, config) for file in files if (config := read_json(file, ConfigError))), (None, {}))
     if file is None:
         return {}
@@ -249,9 +258,10 @@ def _settings(folder: Path) -> dict[str, Any]:
     return {"max_seq_length": length, "do_lower_case": _expect(file, config, "do_lower_case", bool, False)}
 
 
-def _top_settings(file: Path) -> dict[str, Any]:
+def _top_settings(folder: Path) -> dict[str, Any]:
     """Prompts and truncation; the file is optional."""
-    if not file.exists():
+    file = find(folder, "config_sentence_transformers.json")
+    if file is None:
         return {}
     config = read_json(file, ConfigError)
     model_type = config.get("model_type", "SentenceTransformer")

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, models, normalizers
 
 from bertjax.errors import InputError, SourceError, TokenizerError
+from bertjax.folders import find
 from bertjax.tokenizer_files import (
     BERT_TOKENS,
     FLAGS,
@@ -187,26 +188,27 @@ class Tokenizer:
                 own for it.
 
         Raises:
-            SourceError: the folder, or both tokenizer.json and vocab.txt, can't be read.
+            SourceError: the folder has neither tokenizer.json nor vocab.txt; or one of its files can't be read, is no
+                regular file, or is a link out of the folder.
             TokenizerError: a file is malformed, or files contradict one another.
             InputError: `normalizer` is none of the three.
         """
         if normalizer not in (None, "tokenizer.json", "tokenizer_config.json"):
             raise InputError(f"normalizer must be tokenizer.json, tokenizer_config.json or None, not {normalizer!r}")
         folder = Path(folder)
-        config = read_config(folder / "tokenizer_config.json")
+        config = read_config(folder)
         declared = read_declared(folder, config)
         options = read_options(config, folder / "tokenizer_config.json")
-        if os.path.isfile(folder / "tokenizer.json"):
-            source, backend = folder / "tokenizer.json", read_tokenizer_json(folder / "tokenizer.json")
+        if (source := find(folder, "tokenizer.json")) is not None:
+            backend = read_tokenizer_json(source)
             resolve_normalizer(backend, config, normalizer, folder)
             if "truncation_side" not in config and backend.truncation is not None:
                 options["truncation_side"] = backend.truncation["direction"]
             named = complete_roles(declared.named, backend)
-        elif os.path.isfile(folder / "vocab.txt"):
+        elif (vocab := find(folder, "vocab.txt")) is not None:
             flags = {name: config.get(name, default) for name, default in FLAGS.items()}
             named = BERT_TOKENS | declared.named
-            return cls._build(folder / "vocab.txt", flags, named, declared, options, do_lower_case)
+            return cls._build(vocab, flags, named, declared, options, do_lower_case)
         else:
             raise SourceError(f"{folder} has neither tokenizer.json nor vocab.txt (or is no folder that can be read)")
         with as_tokenizer_error(source):

@@ -4,7 +4,6 @@ What each file may hold, how files that state the same thing are reconciled, and
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from bertjax.errors import BertjaxError, SourceError, TokenizerError
-from bertjax.json_files import read_json
+from bertjax.errors import BertjaxError, TokenizerError
+from bertjax.folders import find
+from bertjax.json_files import read_file, read_json
 
 BERT_TOKENS = {
     "unk_token": "[UNK]",
@@ -32,6 +32,14 @@ FLAGS: dict[str, bool | None] = {"do_lower_case": True, "strip_accents": None, "
 _VERBATIM_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # transformers writes int(1e30) for "no limit" and takes whatever is above 1e20 for it.
 _NO_LIMIT = 10**20
+
+# Both are read whole, and a vocabulary of short tokens takes sixty times its size in memory. The largest vocab.txt of
+# a BERT, of half a million tokens, has 5 MB; the largest tokenizer.json, those of many languages, have 20 MB.
+_MAX_VOCAB_BYTES = 1 << 24
+_MAX_JSON_BYTES = 1 << 26
+
+# The ids of token types become int32.
+_MAX_TYPE_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,8 @@ def as_tokenizer_error(path: Path) -> Iterator[None]:
         raise TokenizerError(f"{path}: not a usable tokenizer: {error}") from error
 
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise SourceError(f"can't read {path}: {error}") from error
+def _read_text(path: Path, limit: int) -> str:
+    raw = read_file(path, limit, TokenizerError)
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -75,14 +80,15 @@ def _read_text(path: Path) -> str:
         raise TokenizerError(f"{path}: line {line} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} when there is no such file."""
-    return read_json(path, TokenizerError) if os.path.isfile(path) else {}
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a folder's file; {} when there is no such file."""
+    path = find(folder, name)
+    return {} if path is None else read_json(path, TokenizerError)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json, with the flags of `FLAGS` checked; {} when there is no such file."""
-    config = _read_json(path)
+    config, path = _read_json(folder, "tokenizer_config.json"), folder / "tokenizer_config.json"
     for name, default in FLAGS.items():
         value = config.get(name, default)
         if not isinstance(value, bool) and not (name == "strip_accents" and value is None):
@@ -116,13 +122,13 @@ def read_declared(folder: Path, config: Mapping[str, Any]) -> DeclaredTokens:
     if "added_tokens_decoder" in config:
         named, special = _read_special(config, path)
         return DeclaredTokens(named, _read_numbered(config["added_tokens_decoder"], path), special)
-    values = config | _read_json(folder / "special_tokens_map.json")
+    values = config | _read_json(folder, "special_tokens_map.json")
     named, special = _read_special(values, folder / "special_tokens_map.json or tokenizer_config.json")
     texts = {token.content for token in special}
     path = folder / "added_tokens.json"
     numbered = {
         _token_id(index, path): AddedToken(token, special=token in texts, normalized=token not in texts)
-        for token, index in _read_json(path).items()
+        for token, index in _read_json(folder, path.name).items()
     }
     return DeclaredTokens(named, numbered, special)
 
@@ -162,6 +168,8 @@ def _added_token(value: Any, path: Path) -> AddedToken:
     if not isinstance(state, dict) or not isinstance(state.get("content"), str) or not state["content"]:
         raise TokenizerError(f"{path}: {value!r} is not a token")
     matching = {name: state[name] for name in ("lstrip", "rstrip", "single_word", "normalized") if name in state}
+    if any("\ud800" <= character <= "\udfff" for character in state["content"]):  # JSON can spell half a character
+        raise TokenizerError(f"{path}: {shorten(state['content'])} has a lone surrogate, so is no token")
     special = state.get("special", True)
     if not all(isinstance(flag, bool) for flag in (special, *matching.values())):
         raise TokenizerError(f"{path}: the flags of {value!r} must be true or false")
@@ -174,7 +182,7 @@ def read_vocab(path: Path) -> dict[str, int]:
     Refused are a byte-order mark (it would become part of the first token), and what transformers 4 and 5 read
     differently: a bare carriage return (a line's end for 4 only) and a token that ends in white space (5 strips it).
     """
-    lines = _read_text(path).replace("\r\n", "\n").split("\n")
+    lines = _read_text(path, _MAX_VOCAB_BYTES).replace("\r\n", "\n").split("\n")
     if lines[-1] == "":
         lines.pop()
     if lines and lines[0].startswith("\ufeff"):
@@ -198,7 +206,7 @@ def describe_missing(path: Path, name: str, token: str | None, vocab: Mapping[st
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     """The pipeline in a tokenizer.json, with the ids of its added tokens checked."""
-    text = _read_text(path)
+    text = _read_text(path, _MAX_JSON_BYTES)
     with as_tokenizer_error(path):
         backend = tokenizers.Tokenizer.from_str(text)
         for token in json.loads(text).get("added_tokens") or ():
@@ -303,6 +311,22 @@ def check_backend(backend: tokenizers.Tokenizer) -> None:
                     f"the post-processor adds {token!r} as id {index}, but the vocabulary has it as "
                     f"{backend.token_to_id(token)}"
                 )
+    # A text that has no tokens shows only the types of what is added to it.
+    processor = backend.post_processor
+    for piece in () if processor is None else _pieces(json.loads(processor.__getstate__())):
+        if piece["type_id"] > _MAX_TYPE_ID:
+            raise TokenizerError(
+                f"the post-processor gives {piece['id']!r} the token type {piece['type_id']}, expected at most "
+                f"{_MAX_TYPE_ID}"
+            )
+
+
+def _pieces(processor: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The pieces of a post-processor's templates, however it is nested."""
+    for part in processor.get("processors", ()):
+        yield from _pieces(part)
+    for piece in [*processor.get("single", ()), *processor.get("pair", ())]:
+        yield from piece.values()  # one: a SpecialToken or a Sequence
 
 
 def resolve_normalizer(

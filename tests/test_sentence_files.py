@@ -1,6 +1,8 @@
 """Whole folders: the old layout against recorded vectors, the new one against the library itself, and refusals."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -409,6 +411,58 @@ def test_modules_that_can_not_be_read_are_refused(folder):
         read_spec(folder)
 
 
+ALL_FILES = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+    "2_Dense/config.json",
+    "4_Normalize/config.json",
+)
+
+
+@pytest.mark.parametrize("name", ALL_FILES)
+def test_what_is_no_file_is_not_taken_for_absent(folder, name):
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(SourceError, match=rf"{re.escape(name)}: can't be read \(it is not a regular file"):
+        read_spec(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("nowhere")
+    with pytest.raises(SourceError, match=rf"{re.escape(name)}: can't be read"):
+        read_spec(folder)
+
+
+@pytest.mark.parametrize("name", [*ALL_FILES, "1_Pooling", "2_Dense", "4_Normalize"])
+def test_a_link_out_of_the_folder_is_refused(folder, tmp_path, name):
+    (folder / "4_Normalize").mkdir()
+    (folder / "4_Normalize" / "config.json").write_text("{}")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceError, match=rf"{name}: is a link out of the model's folder, to "):
+        read_spec(folder)
+
+
+def test_an_encoder_behind_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder = assemble(tmp_path / "model", "subfolder")
+    (folder / "0_Transformer").rename(tmp_path / "elsewhere")
+    (folder / "0_Transformer").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SourceError, match="0_Transformer: is a link out of the model's folder, to "):
+        load(folder)
+
+
+def test_a_folder_in_the_hubs_cache_is_read(folder, tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "0123", tmp_path / "blobs"
+    snapshot.parent.mkdir()
+    blobs.mkdir()
+    folder.rename(snapshot)
+    for number, file in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        file.rename(blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+    assert load(snapshot).spec.pooling == ("mean",)
+
+
 @pytest.mark.parametrize("name", ["1_Pooling", "2_Dense"])
 def test_a_module_without_its_config_is_refused(folder, name):
     (folder / name / "config.json").unlink()
@@ -616,7 +670,8 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder):
     size = len(tokenizer["model"]["vocab"])
     tokenizer["model"]["vocab"]["surplus"] = size
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"ids up to {size}, the model's vocabulary ends at {size - 1}"):
+    message = rf"{folder}: .* ids up to {size}, the model's vocabulary ends at {size - 1}"
+    with pytest.raises(ConfigError, match=message):
         load(folder)
 
 

@@ -1,4 +1,6 @@
 import json
+import os
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -433,8 +435,53 @@ def test_files_that_are_not_there(tmp_path):
         Tokenizer.from_folder(tmp_path / "nowhere")
     with pytest.raises(SourceError, match=r"neither tokenizer\.json nor vocab\.txt"):
         Tokenizer.from_folder(write(tmp_path, {"tokenizer_config.json": {}}))
-    with pytest.raises(SourceError, match=r"can't read .*vocab\.txt"):
+    with pytest.raises(SourceError, match=r"vocab\.txt: can't be read"):
         Tokenizer.from_vocab(tmp_path / "vocab.txt")
+
+
+FILES = ["tokenizer.json", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+IN_THE_WAY = {
+    "pipe": (os.mkfifo, "it is not a regular file"),
+    "folder": (os.mkdir, "Is a directory, not a regular file"),
+    "link to nothing": (lambda path: path.symlink_to("nowhere"), "it is a link to nothing"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+}
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_file_is_not_taken_for_absent(name, kind, tmp_path):
+    make, message = IN_THE_WAY[kind]
+    folder = write(tmp_path, {"vocab.txt": VOCAB})
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    with pytest.raises(SourceError, match=rf"{re.escape(name)}: can't be read \({message}"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_out_of_the_folder_is_refused(name, tmp_path):
+    folder = write(tmp_path / "model", {"vocab.txt": VOCAB})
+    content = {"tokenizer.json": tokenizer_json(), "vocab.txt": VOCAB}.get(name, {})
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(write(tmp_path / "elsewhere", {name: content}) / name)
+    with pytest.raises(SourceError, match=rf"{re.escape(name)}: is a link out of the model's folder, to "):
+        Tokenizer.from_folder(folder)
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
+    snapshot = write(tmp_path / "snapshots" / "0123", {})
+    write(tmp_path / "blobs", {"abcd": VOCAB})
+    (snapshot / "vocab.txt").symlink_to("../../blobs/abcd")
+    assert Tokenizer.from_folder(snapshot).vocab_size == len(TOKENS)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_no_tokenizer_has_is_not_read_whole(name, tmp_path):
+    folder = write(tmp_path, {"vocab.txt": VOCAB, name: ""})
+    os.truncate(folder / name, 1 << 40)
+    with pytest.raises(TokenizerError, match=rf"{re.escape(name)}: larger than [\d,]+ bytes, which no such file is"):
+        Tokenizer.from_folder(folder)
 
 
 # The JSON files beside it
@@ -456,6 +503,7 @@ BAD_FILES = {
     "split": ({"tokenizer_config.json": {"split_special_tokens": True}}, "split_special_tokens=true is not"),
     "token": ({"tokenizer_config.json": {"cls_token": 3}}, r"tokenizer_config\.json: 3 is not a token"),
     "token in map": ({"special_tokens_map.json": {"cls_token": ["a"]}}, r"special_tokens_map\.json.*\['a'\] is not a"),
+    "half a character": ({"tokenizer_config.json": {"cls_token": "\ud800"}}, r"'\\ud800' has a lone surrogate, so is"),
     "token's flag": ({"special_tokens_map.json": {"eos_token": {"content": "a", "lstrip": 1}}}, "the flags of"),
     "absent token": ({"special_tokens_map.json": {"cls_token": "[X]"}}, r"cls_token is '\[X\]'"),
     "null token": ({"tokenizer_config.json": {"pad_token": None}}, "pad_token is None"),
@@ -511,11 +559,11 @@ def changed_model(**changes):
     return tokenizer_json(model=tokenizer_json()["model"] | changes)
 
 
-def template(cls_id=3, sep="[SEP]"):
-    """A post-processor; `sep` names the special token that its pair uses last."""
+def template(cls_id=3, sep="[SEP]", type_id=1):
+    """A post-processor; `sep` names the special token that its pair uses last, `type_id` types the second text."""
     special = {"[CLS]": cls_id, "[SEP]": 4}
     cls, end = ({"SpecialToken": {"id": token, "type_id": 0}} for token in ("[CLS]", sep))
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in ((0, "A"), (type_id, "B")))
     tokens = {token: {"id": token, "ids": [index], "tokens": [token]} for token, index in special.items()}
     pieces = {"single": [cls, first], "pair": [cls, first, second, end]}
     return {"type": "TemplateProcessing", **pieces, "special_tokens": tokens}
@@ -542,6 +590,14 @@ BAD_JSON = {
     "same id": (changed_model(vocab=changed_model()["model"]["vocab"] | {"zz": 9}), "'d' and 'zz' have the same id, 9"),
     "renumbered": (tokenizer_json(added_tokens=[added("[X]", 999)]), "'\\[X\\]' is declared with id 999, but"),
     "wrong template": (tokenizer_json(post_processor=template(99)), r"adds '\[CLS\]' as id 99, .* has it as 3"),
+    "huge type": (
+        tokenizer_json(post_processor=template(type_id=2**31)),
+        "gives 'B' the token type 2147483648, expected at most 2147483647",
+    ),
+    "huge type in a sequence": (
+        tokenizer_json(post_processor={"type": "Sequence", "processors": [template(type_id=2**32 - 1)]}),
+        "gives 'B' the token type 4294967295, expected at most",
+    ),
     # Rust panics on this one, which is not even an Exception.
     "unknown in template": (tokenizer_json(post_processor=template(sep="[X]")), "not a usable tokenizer"),
 }

@@ -5,6 +5,7 @@ error, and one error names everything that is wrong.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections import Counter
@@ -21,6 +22,7 @@ from bertjax.convert.tensors import (
     TensorInfo,
     TensorToWrite,
     WeightFiles,
+    ahead,
     assign,
     contiguous,
     enumerate_problems,
@@ -178,12 +180,15 @@ def _read_array(slots: list[Slot], infos: list[TensorInfo], dtype: np.dtype) -> 
     first = slots[0]
     shape = first.shape[::-1] if first.transpose else first.shape
     array = aligned_empty(shape if first.layer is None else (len(slots), *shape), dtype)
-    for slot, info in zip(slots, infos, strict=True):
-        tensor = info.read()
-        view = slot.view(array)
+
+    def fill(slot: Slot, info: TensorInfo) -> None:
+        tensor, view = info.read(), slot.view(array)
         with np.errstate(over="ignore"):  # an overflow is found, and named, by the next check
             assign(view, tensor)
         _check_finite(info, tensor, view)
+
+    for _ in ahead(functools.partial(fill, *pair) for pair in zip(slots, infos, strict=True)):
+        pass
     return array
 
 

@@ -98,7 +98,7 @@ def _not_safetensors(start: bytes) -> str | None:
 
 
 def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, two tensors in memory at a time.
+    """Writes a safetensors file, a few tensors in memory at a time.
 
     Tensors are laid out as the safetensors library does it (widest dtype first, then by name), so that a file written
     from the same tensors by either is the same file. The data is flushed to the disk before this returns.

@@ -338,7 +338,7 @@ def _tensor(file: Path, path: rules.Path, array: _Array) -> TensorInfo:
 
 
 def write_msgpack(path: Path, tensors: Iterable[TensorToWrite]) -> None:
-    """Writes a file that FlaxBert loads, two tensors in memory at a time.
+    """Writes a file that FlaxBert loads, a few tensors in memory at a time.
 
     The tensors are written in the order given, except that those of one module stay together. The file is the one that
     Flax writes from the same nested dict. The data is flushed to the disk before this returns. Which parameters
