@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from bertjax.convert.output import new_file
 from bertjax.convert.tensors import (
     DTYPE_NAMES,
     DTYPES,
@@ -117,14 +118,7 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: Ma
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with open(path, "xb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for data in ahead(tensor.data for tensor in ordered):
-                file.write(data.reshape(-1).view(np.uint8))
-            file.flush()
-            os.fsync(file.fileno())
-    except SourceError:  # a tensor that is copied could not be read
-        raise
-    except OSError as problem:
-        raise SourceError(f"{path}: can't be written ({problem.strerror or problem})") from None
+    with new_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for data in ahead(tensor.data for tensor in ordered):
+            file.write(data.reshape(-1).view(np.uint8))

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from bertjax.convert import rules
+from bertjax.convert.output import new_file
 from bertjax.convert.tensors import (
     DTYPES,
     Contents,
@@ -353,16 +354,9 @@ def write_msgpack(path: Path, tensors: Iterable[TensorToWrite]) -> None:
         SourceError: the file can't be written, for instance for want of space.
     """
     tree = _tree(path, tensors)
-    try:
-        with open(path, "xb") as file:
-            leaves = (functools.partial(_in_flax_order, tensor) for _, tensor in rules.flatten(tree))
-            _write_map(file, tree, ahead(leaves))
-            file.flush()
-            os.fsync(file.fileno())
-    except SourceError:  # a tensor that is copied could not be read
-        raise
-    except OSError as problem:
-        raise SourceError(f"{path}: can't be written ({problem.strerror or problem})") from None
+    leaves = (functools.partial(_in_flax_order, tensor) for _, tensor in rules.flatten(tree))
+    with new_file(path) as file:
+        _write_map(file, tree, ahead(leaves))
 
 
 def _tree(path: Path, tensors: Iterable[TensorToWrite]) -> dict:

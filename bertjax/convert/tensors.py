@@ -217,21 +217,21 @@ class TensorToWrite:
 _T = TypeVar("_T")
 
 
-# How many jobs are done ahead; with the one whose result is used, so many tensors and one are in memory at a time.
-_AHEAD = 2
+#: How many jobs are done ahead; with the one whose result is used, so many tensors and one are in memory at a time.
+AHEAD = 4
 
 
 def ahead(jobs: Iterable[Callable[[], _T]]) -> Iterator[_T]:
-    """Does jobs and yields their results in order, each while the next two are done by other threads.
+    """Does jobs and yields their results in order, each while the next four are done by other threads.
 
     So tensors are read, checked and transposed while the one before is written; numpy lets go of the interpreter's
     lock for all of it.
     """
-    with ThreadPoolExecutor(_AHEAD) as pool:
+    with ThreadPoolExecutor(AHEAD) as pool:
         waiting: deque[Future] = deque()
         for job in jobs:
             waiting.append(pool.submit(job))
-            if len(waiting) > _AHEAD:
+            if len(waiting) > AHEAD:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
