@@ -7,6 +7,8 @@ buffer, a prefix) carry the layout beside them, in a small JSON file.
 
 import dataclasses
 import json
+import re
+import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,10 @@ TOKEN_TYPE_IDS = "embeddings.token_type_ids"
 
 _HEADS = ("cls.", "classifier.", "qa_outputs.")
 _DTYPES = {dtype.name for dtype in DTYPES.values()}
+
+# A BERT of 1024 layers, the most that a configuration may ask for, has 16 tensors in each.
+_MAX_SPELLINGS = 1 << 14
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -124,6 +130,16 @@ def read_layout(path: Path) -> tuple[Layout, dict[str, str]]:
     bad += sorted(content.keys() - _CHECKS.keys() - {"bertjax_layout"})
     if bad:
         raise CheckpointError(f"{path}: unusable {', '.join(map(repr, bad))}; convert the original checkpoint again")
+    if len(content["spellings"]) > _MAX_SPELLINGS:
+        count = len(content["spellings"])
+        raise CheckpointError(f"{path}: spells {count} names in its own way; no BERT has as many tensors")
+    for name, shard in content["shards"]:
+        # A plain file name: anything else could make a conversion write outside its folder.
+        if not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{path}: the shard of {reprlib.repr(name)} is {reprlib.repr(shard)}, expected a plain file name that "
+                f"ends in .safetensors; remove {path.name} to do without"
+            )
     fields = {field.name: content[field.name] for field in dataclasses.fields(Layout)}
     for name in ("spellings", "shards", "metadata"):
         fields[name] = tuple(map(tuple, fields[name]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bertjax.convert import bert, files, msgpack, tf1
-from bertjax.convert.layout import LAYOUT_FILE, Layout, read_layout, standard_layout
+from bertjax.convert.layout import LAYOUT_FILE, read_layout, standard_layout
 from bertjax.convert.pickles import read_pickle
 from bertjax.convert.rules import Path as TreePath
 from bertjax.convert.rules import Slot
@@ -59,8 +59,6 @@ _OTHER_WEIGHTS = (
 
 # Layers in a tree; far more than any BERT has.
 _MAX_DEPTH = 1 << 10
-# A BERT of as many layers has 16 tensors in each. Every name is looked for among the spellings.
-_MAX_SPELLINGS = 1 << 14
 # Shards; a BERT-large has one or two.
 _MAX_SHARDS = 1 << 10
 # Characters in a file's name that any file system takes.
@@ -163,32 +161,8 @@ def _with_layout(weights: WeightFiles) -> WeightFiles:
     path = weights.folder / LAYOUT_FILE
     if weights.format == files.FORMAT or not path.exists():
         return weights
-    layout, _ = _read_layout(weights.folder)
+    layout, _ = read_layout(inside(weights.folder, LAYOUT_FILE))
     return dataclasses.replace(weights, layout=layout)
-
-
-def _read_layout(folder: Path) -> tuple[Layout, dict[str, str]]:
-    """Reads the layout in a folder, and checks that the files that it makes a conversion write are inside theirs."""
-    path = inside(folder, LAYOUT_FILE)
-    layout, dtypes = read_layout(path)
-    if len(layout.spellings) > _MAX_SPELLINGS:
-        raise CheckpointError(
-            f"{path}: spells {len(layout.spellings)} names in its own way; no BERT has as many tensors"
-        )
-    texts = [part for pair in (*layout.spellings, *layout.metadata) for part in pair]
-    try:
-        "".join([layout.prefix, *texts, *(name for name, _, _ in layout.buffers)]).encode()
-    except UnicodeEncodeError:
-        raise CheckpointError(
-            f"{path}: a name holds half of a surrogate pair, which no weights can be called"
-        ) from None
-    for name, shard in layout.shards:
-        if not _is_shard(shard, _FORMATS[0]):
-            raise CheckpointError(
-                f"{path}: the shard of {reprlib.repr(name)} is {reprlib.repr(shard)}, expected a plain file name that "
-                f"ends in {_FORMATS[0].suffixes[0]}; remove {LAYOUT_FILE} to do without"
-            )
-    return layout, dtypes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +186,7 @@ def _open_tree(folder: Path) -> WeightFiles:
     shapes = {path: array.shape for path, array in arrays.items()}
     slots = _tree_slots(root, shapes)
     sidecar = inside(folder, LAYOUT_FILE)
-    layout, narrower = _read_layout(folder) if sidecar.exists() else (None, {})
+    layout, narrower = read_layout(sidecar) if sidecar.exists() else (None, {})
     names = standard_layout([slot.name for slot in slots])
     load = functools.cache(lambda path: arrays[path].read())
     tensors = {}

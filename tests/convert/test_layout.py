@@ -38,7 +38,7 @@ layouts = st.builds(
     spellings=pairs,
     ties=st.lists(st.sampled_from(sorted(TIES)), max_size=2).map(tuple),
     buffers=st.lists(buffers, max_size=4).map(tuple),
-    shards=pairs,
+    shards=st.lists(st.tuples(text, st.from_regex(r"[\w.-]{1,9}\.safetensors", fullmatch=True)), max_size=4).map(tuple),
     metadata=pairs,
 )
 

@@ -11,6 +11,7 @@ import zlib
 
 import ml_dtypes
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from bertjax.convert.pickles import LEGACY, ZIP, read_pickle
 from bertjax.convert.tensors import DTYPES
 from bertjax.errors import BertjaxError, CheckpointError, SourceError
-from tests import oracle
 
 TORCH_DTYPES = {
     "BOOL": "bool",

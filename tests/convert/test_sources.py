@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 from safetensors.numpy import load_file, save_file
+from test_pickles import zipped
 
 from bertjax import convert_checkpoint
 from bertjax.convert.layout import LAYOUT_FILE, Layout, write_layout
@@ -16,7 +17,6 @@ from bertjax.convert.pickles import ZIP
 from bertjax.convert.sources import open_weights
 from bertjax.convert.tensors import TensorToWrite
 from bertjax.errors import BertjaxError, CheckpointError, SourceError
-from tests.convert.test_pickles import zipped
 
 PLAIN = DATA / "golden" / "plain"
 TENSORS = load_file(PLAIN / "model.safetensors")
