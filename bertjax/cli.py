@@ -41,6 +41,11 @@ _prefix_option = click.option("--prefix", metavar="NAME", help="What stands befo
                               "file that holds several encoders.")  # fmt: skip
 
 
+def _printable(text: str) -> str:
+    """A text without what would control the terminal: names of tensors and files may come from anyone."""
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in text)
+
+
 class _Command(click.Command):
     """Reports errors in one line, with a traceback only on request."""
 
@@ -55,7 +60,7 @@ class _Command(click.Command):
             # A reader that stops reading, such as `head`, is no error; click ends the process quietly.
             if ctx.find_root().params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            raise click.ClickException(" ".join(str(error).split("\n"))) from None
+            raise click.ClickException(_printable(" ".join(str(error).split("\n")))) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -158,7 +163,7 @@ def info(model: str, **options: Any) -> None:
     """Shows what MODEL is: its sizes, its parameters, how it makes sentence vectors."""
     from bertjax.reports import describe
 
-    click.echo(describe(model, **options))
+    click.echo(_printable(describe(model, **options)))
 
 
 @main.command(cls=_Command, short_help="Turn a checkpoint of any format into another, with proof.")
@@ -211,7 +216,7 @@ def convert(source: str, target: Path | None, check: Path | None, **options: Any
     from bertjax.conversion import convert_checkpoint
 
     conversion = convert_checkpoint(source, target, progress=sys.stderr.isatty(), **options)
-    click.echo(conversion.summary())
+    click.echo(_printable(conversion.summary()))
     if options["certify"] is not None:
         click.echo(f"certificate {options['certify']}")
 

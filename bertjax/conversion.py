@@ -16,7 +16,7 @@ from tqdm import tqdm
 from bertjax import __version__, hub
 from bertjax.atomic import atomic_file, atomic_folder
 from bertjax.config import BertConfig
-from bertjax.convert import bert, certificate, names, rules, sources, targets
+from bertjax.convert import bert, certificate, files, names, rules, sources, targets
 from bertjax.convert.layout import Layout, standard_layout
 from bertjax.convert.tensors import TensorToWrite, WeightFiles, inside
 from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
@@ -33,7 +33,7 @@ from bertjax.heads import (
 from bertjax.json_files import read_json
 from bertjax.layers import DType
 from bertjax.model import check_dtype
-from bertjax.pretrained import abstract, abstract_model, config_file, read_config, write_config
+from bertjax.pretrained import abstract, abstract_model, check_head_fields, config_file, read_config, write_config
 from bertjax.side_files import copy_side_files, encoder_folder
 
 _CLASSES = (
@@ -128,6 +128,8 @@ def read_checkpoint(
     if config_file(weights.folder).name == "bert_config.json":
         config = _with_found_heads(config, survey)
     _check_architecture(config, survey)
+    if bert.heads_in(survey):
+        check_head_fields(config, weights.folder)
     return Checkpoint(survey, config, bert.match(survey, _shapes(config, survey)), untie)
 
 
@@ -244,6 +246,8 @@ def convert_checkpoint(
     folder = path if path.is_dir() else path.parent
     if folder.resolve().is_relative_to(os.path.realpath(target)):
         raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
+    if target.exists() and Path(os.path.realpath(target)).is_relative_to(folder.resolve()):
+        raise SourceError(f"{target}: is a part of the source, which is never replaced; choose another folder")
     if certify is not None:
         _check_certificate_path(Path(certify), folder, target, force)
     path = encoder_folder(path) if path.is_dir() else path
@@ -288,7 +292,7 @@ def _write_weights(conversion: Conversion, folder: Path, max_shard_size: int | s
         targets.write_torch(folder, tensors, layout, max_shard_size)
     weights = conversion.checkpoint.weights
     same = dtype is None and max_shard_size is None and not plan.unused and not conversion.checkpoint.untied
-    if layout.shards and same and weights.index:
+    if layout.shards and same and weights.index and weights.format == files.FORMAT:
         # The same tensors in the same places: the same index, with whatever else it says.
         shutil.copyfile(inside(weights.folder, weights.index), folder / weights.index)
 

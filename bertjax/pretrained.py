@@ -17,9 +17,9 @@ from bertjax.atomic import atomic_folder
 from bertjax.config import BertConfig
 from bertjax.convert import bert, names, rules, sources, targets
 from bertjax.convert.layout import Layout, standard_layout
-from bertjax.convert.tensors import inside
 from bertjax.embedder import SentenceEncoder, check_positive
 from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
+from bertjax.folders import find
 from bertjax.layers import DType
 from bertjax.model import BertModel, check_dtype
 from bertjax.sentence import Dense, Normalize, SentenceModel
@@ -94,13 +94,17 @@ def load_model(
         options["add_pooling_layer"] = bert.has_pooler(survey) if add_pooling_layer is None else add_pooling_layer
     elif add_pooling_layer is not None:
         raise InputError(f"add_pooling_layer applies to BertModel; whether {kind.__name__} has a pooler is settled")
-    elif untie:
+    else:
+        check_head_fields(config, weights.folder)
+    if untie:
         config = dataclasses.replace(config, extra={**config.extra, "tie_word_embeddings": False})
         survey = survey.with_decoder_bias()
     graphdef, shapes = abstract(lambda: kind(config, rngs=nnx.Rngs(0), **options))
     plan = bert.match(survey, shapes)
     # A pooler is left out only where the caller asks for it; a head is left out because there is nowhere to put it.
     level = logging.WARNING if any("pooler" not in name for name in plan.unused) else logging.INFO
+    if weights.left_out:
+        logger.info("%s: left out: %s", weights.folder, ", ".join(weights.left_out))
     if plan.unused:
         logger.log(level, "%s: not used by %s: %s", weights.folder, kind.__name__, ", ".join(plan.unused))
     model = _fill(graphdef, plan, param_dtype, sharding)
@@ -113,10 +117,18 @@ def read_config(folder: Path, ignore: Iterable[str] = ()) -> BertConfig:
     return BertConfig.from_file(config_file(folder), ignore=ignore)
 
 
+def check_head_fields(config: BertConfig, folder: Path) -> None:
+    """Asks for what a head needs of a configuration, so that an unusable value is an error that names the file."""
+    try:
+        _ = config.num_labels, config.classifier_dropout, config.tie_word_embeddings
+    except ConfigError as problem:
+        raise ConfigError(f"{config_file(folder)}: {problem}") from None
+
+
 def config_file(folder: Path) -> Path:
     """The folder's configuration file, which need not exist."""
-    google = folder / "bert_config.json"
-    return inside(folder, google.name if google.exists() and not (folder / "config.json").exists() else "config.json")
+    found = find(folder, "config.json") or find(folder, "bert_config.json")
+    return found or folder / "config.json"
 
 
 def save_model(
@@ -213,7 +225,7 @@ def load_sentence_encoder(
     )
     if not folder.is_dir():
         raise SourceError(f"{folder}: is a file, expected a model's folder, which also says how to pool")
-    if not (folder / "modules.json").exists():
+    if not find(folder, "modules.json"):
         # What is no BERT at all is told so, before anybody is asked how to pool it.
         sources.open_weights(folder)
         read_config(folder, ignore)

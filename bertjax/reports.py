@@ -10,6 +10,7 @@ from bertjax import hub
 from bertjax.conversion import read_checkpoint
 from bertjax.convert import bert
 from bertjax.errors import InputError
+from bertjax.folders import find
 from bertjax.heads import BertWithHeads
 from bertjax.model import BertModel
 from bertjax.pretrained import parameters
@@ -66,7 +67,7 @@ def describe(
     path = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    spec = read_spec(path) if (path / "modules.json").exists() else None
+    spec = read_spec(path) if path.is_dir() and find(path, "modules.json") else None
     checkpoint = read_checkpoint(path if spec is None else spec.transformer, prefix=prefix, ignore=ignore)
     config, plan, weights = checkpoint.config, checkpoint.plan, checkpoint.weights
     total = sum(tensor.count for tensor in plan.tensors)

@@ -7,7 +7,6 @@ error, and one error names everything that is wrong.
 import dataclasses
 import functools
 import itertools
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
@@ -15,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from bertjax.convert.layout import POSITION_IDS, TIES, TOKEN_TYPE_IDS, Layout, is_buffer_shape
-from bertjax.convert.names import Survey
+from bertjax.convert.names import Survey, check_layout
 from bertjax.convert.rules import BIAS, EMBED, KERNEL, LINEAR, NORM, Path, Row, Shape, Slot, by_array, expand
 from bertjax.convert.tensors import (
     DTYPE_NAMES,
@@ -70,7 +69,7 @@ _POOLER = ("pooler.dense.weight", "pooler.dense.bias")
 _DECODER = "cls.predictions.decoder.weight"
 _PREDICTIONS = "cls.predictions.bias"  # the tensor that every masked-language-model head has
 _HEAD_OF = {f"{row.torch}.{leaf.torch}": row.path[0] for row in _HEADS for leaf in row.kind}
-_QUANTISED = re.compile(r"\.(SCB|weight_format|qweight|qzeros|scales|g_idx|absmax|quant_map|quant_state\S*)$")
+_QUANTISED = {"SCB", "weight_format", "qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map"}
 
 
 def heads_in(survey: Survey) -> frozenset[str]:
@@ -277,7 +276,10 @@ def match(survey: Survey, shapes: Mapping[Path, Shape]) -> Plan:
     found = tuple(
         (survey.tensors[name].name, survey.tensors[name].shape, survey.tensors[name].dtype.name) for name in buffers
     )
-    layout = survey.weights.layout or dataclasses.replace(layout, ties=ties, buffers=found)
+    layout = dataclasses.replace(layout, ties=ties, buffers=found)
+    if survey.weights.layout is not None:
+        layout = survey.weights.layout
+        check_layout(survey.weights, layout, slots)
     tensors = tuple(survey.tensors[name] for name in slots)
     return Plan(tuple(slots.values()), tensors, (*unused, *survey.others), layout)
 
@@ -293,7 +295,8 @@ def match_exactly(weights: WeightFiles, slots: list[Slot]) -> Plan:
 
 
 def _unexpected(tensor: TensorInfo) -> str:
-    if _QUANTISED.search(tensor.name):
+    parts = tensor.name.split(".")[1:]
+    if any(part in _QUANTISED or part.startswith("quant_state") for part in parts):
         return f"{tensor.name}: quantised weights are not supported; use the original model"
     return f"{tensor.name}: unexpected tensor {DTYPE_NAMES[tensor.dtype]}{list(tensor.shape)}"
 

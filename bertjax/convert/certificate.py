@@ -264,7 +264,7 @@ def _is_same(path: Path, other: Path) -> bool:
 
 
 def _files_not_in(listed: set[str], folder: Path) -> list[str]:
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     ignored = re.compile(r"(.*/)?\..*|[^/]*\.md|LICENSE[^/]*")
     return [name for name in map(Path.as_posix, paths) if name not in listed and not ignored.fullmatch(name)]
 

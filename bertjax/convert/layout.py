@@ -6,12 +6,15 @@ buffer, a prefix) carry the layout beside them, in a small JSON file.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bertjax.convert.tensors import DTYPES
 from bertjax.errors import CheckpointError
@@ -36,6 +39,7 @@ TOKEN_TYPE_IDS = "embeddings.token_type_ids"
 
 _HEADS = ("cls.", "classifier.", "qa_outputs.")
 _DTYPES = {dtype.name for dtype in DTYPES.values()}
+_INTEGERS = {dtype.name for dtype in DTYPES.values() if dtype.kind in "iu"}
 
 # A BERT of 1024 layers, the most that a configuration may ask for, has 16 tensors in each.
 _MAX_SPELLINGS = 1 << 14
@@ -76,11 +80,14 @@ class Layout:
         """What stands before the names of heads."""
         return self.prefix.removesuffix("bert.")
 
+    @functools.cached_property
+    def _spelt(self) -> dict[str, str]:
+        return dict(self.spellings)
+
     def spell(self, name: str) -> str:
         """The file's name for one of our names."""
-        for ours, spelling in self.spellings:
-            if ours == name:
-                return spelling
+        if name in self._spelt:
+            return self._spelt[name]
         prefix = self.outer if is_head(name) else self.prefix
         if self.legacy_norm:
             for legacy, modern in LEGACY_NORM.items():
@@ -162,7 +169,10 @@ def _is_buffer(value: Any) -> bool:
     # The same bound as for a buffer in a weight file.
     # The last part only: a wrapper's may stand before it.
     named = isinstance(name, str) and name.split(".")[-1] in ("position_ids", "token_type_ids")
-    return named and sizes and isinstance(dtype, str) and dtype in _DTYPES and is_buffer_shape(tuple(shape))
+    if not (named and sizes and isinstance(dtype, str) and dtype in _DTYPES and is_buffer_shape(tuple(shape))):
+        return False
+    kind = np.dtype(dtype) if dtype in _INTEGERS else None
+    return kind is not None and shape[-1] - 1 <= np.iinfo(kind).max
 
 
 #: Positions; far more than any BERT has.

@@ -5,10 +5,12 @@ an encoder; that is decided once for the file, and a name that does not fit is r
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+
+import numpy as np
 
 from bertjax.convert.files import FORMAT
-from bertjax.convert.layout import LEGACY_NORM, Layout, is_head
+from bertjax.convert.layout import LAYOUT_FILE, LEGACY_NORM, POSITION_IDS, TOKEN_TYPE_IDS, Layout, is_head
 from bertjax.convert.tensors import TensorInfo, WeightFiles, enumerate_problems
 from bertjax.errors import CheckpointError
 
@@ -121,12 +123,43 @@ def survey(weights: WeightFiles, prefix: str | None = None) -> Survey:
     )
 
 
+def check_layout(weights: WeightFiles, layout: Layout, slots: Collection[str]) -> None:
+    """Refuses a layout from a file under whose names the tensors would not be found again, each for what it is.
+
+    Args:
+        weights: the weights that the layout stands beside.
+        layout: the layout.
+        slots: bertjax's names of the model's tensors.
+
+    Raises:
+        CheckpointError: the layout does not fit.
+    """
+    ties = layout.ties if _BIAS in slots else ()
+    spelt = {name: layout.spell(name) for name in (*slots, *ties)}
+    written = [*spelt.values(), *(name for name, _, _ in layout.buffers)]
+    dummies = {name: TensorInfo(name, weights.folder, np.dtype(np.float32), (), 0) for name in written}
+    try:
+        found = survey(WeightFiles(FORMAT, dummies, folder=weights.folder))
+        again = {name: info.name for name, info in found.tensors.items()}
+        others = {name: again.pop(name) for name in (POSITION_IDS, TOKEN_TYPE_IDS) if name in again}
+        same = (found.prefix, found.legacy_norm) == (layout.prefix, layout.legacy_norm) and again == spelt
+        sound = same and len(others) == len(layout.buffers) and len(dummies) == len(written)
+    except CheckpointError:
+        sound = False
+    if not sound or set(ties) & set(slots):
+        raise CheckpointError(
+            f"{weights.folder / LAYOUT_FILE}: does not fit the weights beside it: under its names they would not be "
+            "found again; convert the original again, or remove this file to do without"
+        )
+
+
 def _without_wrappers(weights: WeightFiles) -> dict[str, TensorInfo]:
     """The tensors by their names without the parts that wrappers added."""
     bare: dict[str, TensorInfo] = {}
     problems = []
     for name, info in weights.tensors.items():
-        stripped = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        *parts, last = name.split(".")
+        stripped = ".".join([*(part for part in parts if part not in _WRAPPERS), last])
         if stripped in bare:
             problems.append(f"{bare[stripped].name} and {name} are both {stripped!r} without their wrappers' names")
         bare[stripped] = info

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import re
 import reprlib
 from collections import defaultdict
@@ -18,6 +19,7 @@ from bertjax.convert.rules import Slot
 from bertjax.convert.targets import ORBAX_FOLDER
 from bertjax.convert.tensors import Contents, TensorInfo, WeightFiles, enumerate_problems, inside
 from bertjax.errors import CheckpointError, SourceError
+from bertjax.folders import find
 from bertjax.json_files import read_json
 
 
@@ -79,12 +81,12 @@ def open_weights(path: Path) -> WeightFiles:
         return _open_file(path)
     for each in _FORMATS:
         for name in (each.single, each.index):
-            if (path / name).exists():
+            if find(path, name):
                 return _open_file(path / name)
     prefix = tf1.find_prefix(path)
     if prefix is not None:
         return _open_tensorflow(prefix)
-    if (path / ORBAX_FOLDER).is_dir():
+    if inside(path, ORBAX_FOLDER).is_dir():
         return _open_tree(path)
     for pattern, advice in _OTHER_WEIGHTS:
         found = sorted(path.glob(pattern))
@@ -139,16 +141,28 @@ def _open_shards(index: Path, form: _Format) -> WeightFiles:
         raise CheckpointError(f"{index}: names {len(listed):,} files, more than {_MAX_SHARDS:,}; no BERT has as many")
     tensors: dict[str, TensorInfo] = {}
     problems, opened = [], []
+    seen: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for shard, names in sorted(listed.items()):
-        contents = form.read(inside(folder, shard))
+        file = inside(folder, shard)
+        first = seen.setdefault(os.path.realpath(file), shard)
+        if first != shard:
+            raise CheckpointError(f"{index}: {first} and {shard} are one file; a shard is a file of its own")
+        contents = form.read(file)
         found = {tensor.source or tensor.name for tensor in contents.tensors.values()}
         problems += [f"{shard} lacks {name}" for name in names - found]
         problems += [f"{shard} holds {name}, which the index does not place there" for name in found - names]
+        problems += [f"{shard} holds {name} again" for name in contents.tensors if name in tensors]
         tensors |= contents.tensors
+        left_out |= contents.left_out
         opened.append(contents)
+        if problems:  # shards that are not the index's could be anything, and take for ever
+            break
     if problems:
         raise CheckpointError(f"{index}: index and shards disagree: " + enumerate_problems(sorted(problems)))
-    return WeightFiles(opened[0].format, tensors, opened[0].metadata, {}, folder, tuple(sorted(listed)), index.name)
+    return WeightFiles(
+        opened[0].format, tensors, opened[0].metadata, left_out, folder, tuple(sorted(listed)), index.name
+    )
 
 
 def _is_shard(name: str, form: _Format) -> bool:
@@ -158,10 +172,10 @@ def _is_shard(name: str, form: _Format) -> bool:
 
 def _with_layout(weights: WeightFiles) -> WeightFiles:
     """Adds the layout that stands beside weights in a format that can't hold it."""
-    path = weights.folder / LAYOUT_FILE
-    if weights.format == files.FORMAT or not path.exists():
+    path = None if weights.format == files.FORMAT else find(weights.folder, LAYOUT_FILE)
+    if path is None:
         return weights
-    layout, _ = read_layout(inside(weights.folder, LAYOUT_FILE))
+    layout, _ = read_layout(path)
     return dataclasses.replace(weights, layout=layout)
 
 
@@ -174,7 +188,14 @@ class _Part(TensorInfo):
 
     def read(self) -> np.ndarray:
         """Reads the array, once for all of its tensors; see `TensorInfo.read`."""
-        return self.slot.view(self.load(self.slot.path)).astype(self.dtype, copy=False)
+        stored = self.slot.view(self.load(self.slot.path))
+        tensor = stored.astype(self.dtype, copy=False)
+        if tensor is not stored and not np.array_equal(tensor.astype(stored.dtype), stored):
+            raise CheckpointError(
+                f"{self.file.parent / LAYOUT_FILE}: says that {self.slot.name} was {self.dtype.name}, but its "
+                f"{stored.dtype.name} numbers are more exact; convert the original again"
+            )
+        return tensor
 
 
 def _open_tree(folder: Path) -> WeightFiles:
@@ -185,8 +206,8 @@ def _open_tree(folder: Path) -> WeightFiles:
     arrays = read_orbax(root)
     shapes = {path: array.shape for path, array in arrays.items()}
     slots = _tree_slots(root, shapes)
-    sidecar = inside(folder, LAYOUT_FILE)
-    layout, narrower = read_layout(sidecar) if sidecar.exists() else (None, {})
+    sidecar = find(folder, LAYOUT_FILE)
+    layout, narrower = read_layout(sidecar) if sidecar else (None, {})
     names = standard_layout([slot.name for slot in slots])
     load = functools.cache(lambda path: arrays[path].read())
     tensors = {}

@@ -295,10 +295,20 @@ def inside(folder: Path, name: str | Path) -> Path:
     return path
 
 
+# Characters in one problem, and in all of them: every tensor of a BERT-large has room.
+_MAX_PROBLEM, _MAX_MESSAGE = 2000, 1 << 17
+
+
 def enumerate_problems(problems: list[str], limit: int = 1000) -> str:
     """Joins problems for a message: all those of any BERT, but no gigabyte for a file made to give a million."""
-    rest = len(problems) - limit
-    return "; ".join(problems[:limit]) + (f"; and {rest} more" if rest > 0 else "")
+    shown, length = [], 0
+    for problem in problems[:limit]:
+        shown.append(problem if len(problem) <= _MAX_PROBLEM else problem[:_MAX_PROBLEM] + "...")
+        length += len(shown[-1])
+        if length > _MAX_MESSAGE:
+            break
+    rest = len(problems) - len(shown)
+    return "; ".join(shown) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def what_it_is(start: bytes) -> str | None:

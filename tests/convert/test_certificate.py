@@ -412,15 +412,19 @@ def test_a_conversion_that_changes_a_tensor_is_not_certified(to, tied, tmp_path,
     assert os.listdir(tmp_path) == []
 
 
-def test_a_tensor_that_was_made_up_is_not_certified(made, tmp_path):
-    """A layout from elsewhere can ask for names that are not BERT's."""
+def test_a_layout_that_makes_tensors_up_is_refused(made, tmp_path):
+    """A layout from elsewhere can ask for names that are not BERT's, or that are another tensor's."""
     shutil.copytree(made / "msgpack", tmp_path / "source")
     path = tmp_path / "source" / LAYOUT_FILE
     layout = json.loads(path.read_text())
     for name in ("position_ids", "x.embeddings.position_ids"):
         path.write_text(json.dumps(layout | {"buffers": [[name, [1, 3], "int64"]]}))
-        with pytest.raises(BertjaxError, match=f"what was written is not what was read: {name}"):
+        with pytest.raises(BertjaxError, match=f"{LAYOUT_FILE}: does not fit the weights beside it"):
             convert(tmp_path / "source", tmp_path / "out")
+    query, key = (f"encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key"))
+    path.write_text(json.dumps(layout | {"spellings": [[query, key], [key, query]]}))
+    with pytest.raises(BertjaxError, match=f"{LAYOUT_FILE}: does not fit the weights beside it"):
+        convert(tmp_path / "source", tmp_path / "out")
 
 
 def test_buffers_between_wrappers_keep_their_numbers(tmp_path):

@@ -79,7 +79,7 @@ def test_any_spelling_gives_the_same_names_and_comes_back(prefix, heads, legacy,
     for name in (*ENCODER, *sorted(heads)):
         spelt = [*(outer if name in heads else prefix), *(old(name) if legacy else name).split(".")]
         for wrapper, place in wrappers:
-            spelt.insert(min(place, len(spelt)), wrapper)
+            spelt.insert(min(place, len(spelt) - 1), wrapper)
         expected[name] = ".".join(spelt)
     names = data.draw(st.permutations(list(expected.values())))
     found = surveyed(*names)

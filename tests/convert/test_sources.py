@@ -251,3 +251,35 @@ def test_a_pipe_is_refused_and_never_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)
     with pytest.raises(BertjaxError, match=name):
         open_weights(tmp_path)
+
+
+def test_two_shards_are_never_one_file(tmp_path):
+    for name in ("a", "b"):
+        save_file({name: np.zeros(2, np.float32)}, tmp_path / f"{name}.safetensors")
+    (tmp_path / "c.safetensors").symlink_to("a.safetensors")
+    weight_map = {"a": "a.safetensors", "b": "b.safetensors", "c": "c.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"a\.safetensors and c\.safetensors are one file"):
+        open_weights(tmp_path)
+
+
+def test_a_link_to_nothing_is_not_taken_for_absent(tmp_path):
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "other.safetensors")
+    (tmp_path / "model.safetensors").symlink_to("gone.safetensors")
+    with pytest.raises(SourceError, match=r"model\.safetensors: can.t be read .it is a link to nothing"):
+        open_weights(tmp_path)
+
+
+def test_a_layout_can_neither_narrow_numbers_nor_tie_a_decoder_of_its_own(tmp_path):
+    convert_checkpoint(PLAIN, tmp_path / "tree", to="orbax")
+    path = tmp_path / "tree" / LAYOUT_FILE
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"dtypes": {"encoder.layer.0.attention.self.query.weight": "float16"}}))
+    with pytest.raises(CheckpointError, match=f"{LAYOUT_FILE}: says that .*query.weight was float16, but its float32"):
+        convert_checkpoint(tmp_path / "tree", tmp_path / "back")
+
+    convert_checkpoint(DATA / "heads" / "untied", tmp_path / "untied", to="msgpack")
+    path = tmp_path / "untied" / LAYOUT_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ties": ["cls.predictions.decoder.weight"]}))
+    with pytest.raises(CheckpointError, match=f"{LAYOUT_FILE}: does not fit"):
+        convert_checkpoint(tmp_path / "untied", tmp_path / "back")
