@@ -14,9 +14,9 @@ from flax import nnx
 from tqdm import tqdm
 
 from bertjax import __version__, hub
-from bertjax.atomic import atomic_file, atomic_folder
+from bertjax.atomic import atomic_file, atomic_folder, resolved
 from bertjax.config import BertConfig
-from bertjax.convert import bert, certificate, files, names, rules, sources, targets
+from bertjax.convert import bert, certificate, files, msgpack, names, rules, sources, targets
 from bertjax.convert.layout import Layout, standard_layout
 from bertjax.convert.tensors import TensorToWrite, WeightFiles, inside
 from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
@@ -103,7 +103,16 @@ class Conversion:
         ]
         if self.layout != self.checkpoint.plan.layout:
             lines.insert(-1, f"names    those of transformers, prefix {self.layout.prefix!r}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._warnings()])
+
+    def _warnings(self) -> list[str]:
+        """What another library would do wrong with what was written, silently."""
+        if self.to == "safetensors" and self.layout.prefix not in ("", "bert."):
+            found = f"names that begin with {self.layout.prefix!r}"
+            return [f"warning  transformers does not know {found} and would make the weights up; see --standard-names"]
+        if self.to == "msgpack" and self.checkpoint.config.position_embedding_type != "absolute":
+            return ["warning  FlaxBert takes relative positions for absolute ones, and computes something else"]
+        return []
 
 
 def read_checkpoint(
@@ -124,7 +133,10 @@ def read_checkpoint(
     config = read_config(weights.folder, ignore)
     survey = names.survey(weights, prefix)
     if untie:
-        config, survey = _with(config, tie_word_embeddings=False), survey.with_decoder_bias()
+        config = _with(config, tie_word_embeddings=False)
+    # Flax has no PyTorch names to give back, so what it has comes out as transformers writes it.
+    if untie or (weights.format == msgpack.FORMAT and weights.layout is None and not config.tie_word_embeddings):
+        survey = survey.with_decoder_bias()
     if config_file(weights.folder).name == "bert_config.json":
         config = _with_found_heads(config, survey)
     _check_architecture(config, survey)
@@ -242,6 +254,7 @@ def convert_checkpoint(
     if max_shard_size is not None and to != "safetensors":
         raise InputError(f"max_shard_size applies to safetensors, not to {to}")
     target = Path(target)
+    resolved(target)
     path = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     folder = path if path.is_dir() else path.parent
     if folder.resolve().is_relative_to(os.path.realpath(target)):
@@ -268,10 +281,10 @@ def convert_checkpoint(
 
 def _check_certificate_path(path: Path, source: Path, target: Path, force: bool) -> None:
     """Refuses to put a certificate where it can't be, or in the place of something else."""
+    found = resolved(path)
     if not path.parent.is_dir():
         raise SourceError(f"{path}: can't be written (there is no folder {path.parent})")
-    resolved = Path(os.path.realpath(path))
-    if any(resolved.is_relative_to(os.path.realpath(folder)) for folder in (source, target)):
+    if any(found.is_relative_to(os.path.realpath(folder)) for folder in (source, target)):
         raise SourceError(f"{path}: is inside the source or the target; put the certificate beside them")
     if path.exists() and not force:
         raise SourceError(f"{path}: already exists; choose another name, or replace it with force=True (or --force)")

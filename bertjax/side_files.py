@@ -1,11 +1,14 @@
 """What stands beside the encoder's weights in a model's folder: the tokenizer, the sentence-transformers modules."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 from bertjax.convert import bert, files, sources
 from bertjax.convert.tensors import inside
 from bertjax.errors import CheckpointError, ConfigError
+from bertjax.folders import find
 from bertjax.json_files import read_file, read_json
 from bertjax.sentence_files import read_spec
 
@@ -18,25 +21,27 @@ _TOKENIZER = (
     "vocab.txt",
     "sentence_*_config.json",
 )
-#: At the top.
-_MODULES = ("config_sentence_transformers.json", "[1-9]*_*/*.json", "[1-9]*_*/model.safetensors")
+# At the top; folders only where no modules.json names them.
+_SETTINGS = "config_sentence_transformers.json"
+_UNNAMED_MODULES = "[1-9]*_*/*.json"
 
-# The largest are a Dense module's weights and the tokenizers of many languages, 20 MB or less.
+# The largest are the tokenizers of many languages, 20 MB or less.
 _MAX_BYTES = 1 << 27
 
 
 def encoder_folder(folder: Path) -> Path:
-    """The folder that holds the encoder: this one or, in a sentence-transformers folder of old, its first module's.
+    """The folder that holds the encoder: the one that modules.json names or, where there is none, this one.
 
     Raises:
         SourceError, ConfigError: see `sentence_files.read_spec`.
     """
-    at_top = any((folder / name).exists() for name in ("config.json", "bert_config.json"))
-    return folder if at_top or not (folder / "modules.json").exists() else read_spec(folder).transformer
+    return read_spec(folder).transformer if find(folder, "modules.json") else folder
 
 
 def copy_side_files(source: Path, encoder: Path, target: Path) -> None:
     """Copies the files, byte for byte but for two: the encoder moves to the top, and Dense weights become safetensors.
+
+    The modules are left out where they belong to another encoder than this one.
 
     Args:
         source: the model's folder.
@@ -45,33 +50,61 @@ def copy_side_files(source: Path, encoder: Path, target: Path) -> None:
 
     Raises:
         SourceError: a file can't be read or written, or is a link out of the model's folder.
+        ConfigError: modules.json, or a file that it needs, is malformed or names something that is not known.
         CheckpointError: a module's weights are damaged.
     """
     _copy(encoder, _TOKENIZER, target)
-    _copy(source, _MODULES, target)
-    for pickle in sorted(source.glob("[1-9]*_*/pytorch_model.bin")):
-        name = pickle.relative_to(source).parent
-        if not (target / name / files.SINGLE_FILE).exists():
-            _write_module(inside(source, name), target / name)
-    if encoder == source:
-        _copy(source, ("modules.json",), target)
+    if find(source, "modules.json") is None:
+        _copy(source, (_SETTINGS, _UNNAMED_MODULES), target)
         return
+    spec = read_spec(source)
+    if os.path.realpath(spec.transformer) != os.path.realpath(encoder):
+        return
+    _copy(source, (_SETTINGS,), target)
+    _copy_modules(source, encoder, target)
+    for dense in spec.modules:
+        if dense is not None:
+            _write_weights(dense.folder, target / dense.folder.relative_to(source))
+
+
+def _copy_modules(source: Path, encoder: Path, target: Path) -> None:
+    """Copies modules.json and the settings of the modules that it names, around an encoder that stands at the top."""
     modules = read_json(inside(source, "modules.json"), ConfigError, list)
-    moved = [module | {"path": ""} if source / module["path"] == encoder else module for module in modules]
+    for module in modules[1:]:
+        path = Path(module["path"])
+        if path == Path():
+            problem = f"module {module['type']!r} stands at the top, where the encoder goes"
+            raise ConfigError(f"{source / 'modules.json'}: {problem}; give it a folder of its own")
+        for file in sorted((source / path).glob("*.json")):
+            if not file.name.endswith(".index.json"):  # of weights, which are written as one file
+                _copy_file(source, path / file.name, target)
+    if encoder == source:
+        _copy_file(source, Path("modules.json"), target)
+        return
+    moved = [modules[0] | {"path": ""}, *modules[1:]]
     (target / "modules.json").write_text(json.dumps(moved, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy(source: Path, patterns: tuple[str, ...], target: Path) -> None:
     for pattern in patterns:
-        for path in sorted(source.glob(pattern)):
-            name = path.relative_to(source)
-            data = read_file(inside(source, name), _MAX_BYTES, CheckpointError)
-            (target / name).parent.mkdir(exist_ok=True)
-            (target / name).write_bytes(data)
+        found = sorted(source.glob(pattern)) if "*" in pattern else [find(source, pattern)]
+        for path in found:
+            if path is not None:
+                _copy_file(source, path.relative_to(source), target)
 
 
-def _write_module(source: Path, target: Path) -> None:
-    """Writes a module's weights, a pickle, as safetensors under the same names."""
-    tensors = [bert.copied(name, info, None) for name, info in sources.open_weights(source).tensors.items()]
-    target.mkdir(exist_ok=True)
+def _copy_file(source: Path, name: Path, target: Path) -> None:
+    data = read_file(inside(source, name), _MAX_BYTES, CheckpointError)
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    (target / name).write_bytes(data)
+
+
+def _write_weights(source: Path, target: Path) -> None:
+    """Writes a module's weights as one file of safetensors, under the same names."""
+    weights = sources.open_weights(source)
+    target.mkdir(parents=True, exist_ok=True)
+    if weights.files == (files.SINGLE_FILE,) and weights.index is None:
+        shutil.copyfile(inside(source, files.SINGLE_FILE), target / files.SINGLE_FILE)
+        return
+    tensors = [bert.copied(name, info, None) for name, info in weights.tensors.items()]
     files.write_safetensors(target / files.SINGLE_FILE, tensors, {"format": "pt"})

@@ -1,9 +1,12 @@
 import os
+import shutil
 import stat
 
+import numpy as np
 import pytest
 
 from bertjax.atomic import atomic_file, atomic_folder
+from bertjax.convert.orbax import write_orbax
 from bertjax.errors import SourceError
 
 
@@ -163,3 +166,102 @@ def test_everything_is_flushed_before_it_appears(tmp_path, monkeypatch):
     model = tmp_path / "model"
     written = (model / "1_Pooling" / "config.json", model / "1_Pooling", model, tmp_path)
     assert flushed == [path.stat().st_ino for path in (*written[1::-1], *written[2:])]
+
+
+BESIDE = (
+    "bert_config.json bertjax_layout.json model-00001-of-00002.safetensors model.safetensors.index.json "
+    "pytorch_model.bin flax_model.msgpack tokenizer.json tokenizer_config.json special_tokens_map.json "
+    "added_tokens.json vocab.txt modules.json config_sentence_transformers.json sentence_bert_config.json "
+    "sentence_xlm-roberta_config.json README.md LICENSE LICENSE.txt .gitattributes 1_Pooling/config.json "
+    "2_Dense/config.json 2_Dense/model.safetensors 2_Dense/pytorch_model.bin 10_Normalize/notes.txt"
+).split()
+NOT_A_MODELS = (
+    "notes.txt train.py config.json.orig xconfig.json data.json optimizer.pt vocab.txt.bak 1_Pooling/train.py "
+    "1_Pooling/runs/config.json 1_data/config.json 1_Pooling.bak/config.json weights.bin/config.json 2024_run/x.json "
+    "dense/config.json .git/HEAD params/_METADATA/x params/notes.txt params/d/notes.txt params/ocdbt.process_0/e/x"
+).split()
+
+
+def make_orbax(folder):
+    """A model's folder with an Orbax checkpoint, and everything else that a model may have."""
+    make_model(folder)
+    write_orbax(folder / "params", [(("a", "b"), np.zeros((2, 300), np.float32)), (("c",), np.ones(2, np.float16))])
+    for name in BESIDE:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_whatever_a_model_has_is_replaced(tmp_path):
+    write(make_orbax(tmp_path / "model"), force=True)
+    assert contents(tmp_path) == {"model": None, "model/config.json": b"new"}
+
+
+@pytest.mark.parametrize("name", NOT_A_MODELS)
+def test_what_no_model_has_is_never_replaced(name, tmp_path):
+    model = make_orbax(tmp_path / "model")
+    if name.startswith("params/_METADATA"):
+        (model / "params" / "_METADATA").unlink()
+    (model / name).parent.mkdir(parents=True, exist_ok=True)
+    (model / name).write_text("precious")
+    before = contents(tmp_path)
+    with pytest.raises(SourceError, match=r"model: .*it holds " + name.split("/")[0] + r"\).*will not be replaced"):
+        write(model, force=True)
+    assert contents(tmp_path) == before
+
+
+def test_params_without_metadata_and_many_strange_names(tmp_path):
+    model = make_orbax(tmp_path / "model")
+    (model / "params" / "_METADATA").write_text("")
+    with pytest.raises(SourceError, match=r"it holds params\)"):
+        write(model, force=True)
+    for number in range(9):
+        (model / f"{number}.txt").write_text("precious")
+    with pytest.raises(SourceError, match=r"it holds 0.txt, 1.txt, 2.txt, 3.txt, 4.txt, ...\)"):
+        write(model, force=True)
+
+
+@pytest.mark.parametrize("context", [atomic_file, atomic_folder])
+@pytest.mark.parametrize("name", ["nul\0", "lone\ud800", "nul\0/out", "lone\ud800/out"])
+def test_a_name_that_no_file_can_have_is_a_typed_error(context, name, tmp_path):
+    with pytest.raises(SourceError, match="can't be written") as caught, context(tmp_path / name):
+        pass
+    assert str(caught.value).isprintable()
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("context, name", [(atomic_file, "open"), (atomic_file, "close"), (atomic_folder, "mkdir")])
+def test_an_interruption_while_the_temporary_is_made_leaves_nothing(context, name, tmp_path, monkeypatch):
+    """The call has done its work, and does not return."""
+    real, close = getattr(os, name), os.close
+
+    def interrupted(*arguments):
+        made = real(*arguments)
+        assert contents(tmp_path)
+        if name == "open":
+            close(made)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, interrupted)
+        with pytest.raises(KeyboardInterrupt), context(tmp_path / "out"):
+            pass
+    assert contents(tmp_path) == {}
+
+
+def test_a_folder_that_is_still_written_to_is_removed(tmp_path, monkeypatch):
+    """A library's thread puts another file there after the first attempt."""
+    real, attempts = shutil.rmtree, []
+
+    def rmtree(folder, **options):
+        attempts.append(folder)
+        real(folder, **options)
+        if len(attempts) < 3:
+            folder.mkdir()
+            (folder / "late").write_text("")
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(ValueError, match="halfway"), atomic_folder(tmp_path / "out"):
+        raise ValueError("halfway")
+    assert len(attempts) == 3
+    assert contents(tmp_path) == {}

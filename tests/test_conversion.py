@@ -994,3 +994,24 @@ def test_a_format_that_is_not_written_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"to='onnx' is not a format.*safetensors, msgpack, orbax"):
         convert_checkpoint(PRETRAINING, tmp_path / "out", to="onnx")
     assert os.listdir(tmp_path) == []
+
+
+def test_names_that_transformers_does_not_know_are_a_warning(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(DATA / "heads" / "token", source)
+    tensors = load_file(source / SINGLE_FILE)
+    save_file({f"module.{name}": array for name, array in tensors.items()}, source / SINGLE_FILE)
+    as_it_is = convert_checkpoint(source, tmp_path / "as it is").summary()
+    assert "warning  transformers does not know names that begin with 'module.bert.'" in as_it_is
+    assert "warning" not in convert_checkpoint(source, tmp_path / "standard", standard_names=True).summary()
+    relative = convert_checkpoint(DATA / "heads" / "question", tmp_path / "flax", to="msgpack")
+    assert "warning  FlaxBert takes relative positions for absolute" in relative.summary()
+
+
+def test_an_untied_decoder_from_flax_has_the_bias_that_transformers_5_reads(tmp_path):
+    convert_checkpoint(DATA / "heads" / "untied", tmp_path / "flax", to="msgpack")
+    (tmp_path / "flax" / LAYOUT_FILE).unlink()  # as FlaxBert itself saved it
+    convert_checkpoint(tmp_path / "flax", tmp_path / "out", certify=tmp_path / "proof.json")
+    tensors = load_file(tmp_path / "out" / SINGLE_FILE)
+    assert tensors["cls.predictions.decoder.bias"].tobytes() == tensors["cls.predictions.bias"].tobytes()
+    check(tmp_path / "proof.json", tmp_path / "out")

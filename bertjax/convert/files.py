@@ -38,6 +38,11 @@ INDEX_FILE = "model.safetensors.index.json"
 # The header of a BERT of 1024 layers, the most that a configuration may ask for, has 2 MB; the library allows 100 MB,
 # which take gigabytes when they are read.
 _MAX_HEADER = 4 << 20
+# A BERT of 1024 layers has 16,000 tensors, whose names have at most a hundred characters.
+_MAX_TENSORS = 1 << 16
+_MAX_NAME = 512
+
+_METADATA = "__metadata__"  # the header's one key that is no tensor
 
 
 def read_header(path: Path) -> Contents:
@@ -65,7 +70,8 @@ def read_header(path: Path) -> Contents:
         raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
     except ValueError as problem:
         raise CheckpointError(f"{path}: {problem}") from None
-    header.pop("__metadata__", None)
+    header.pop(_METADATA, None)
+    _check_entries(path, header)
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
         if entry["dtype"] not in DTYPES:
@@ -81,6 +87,28 @@ def _check_length(path: Path, start: bytes) -> None:
     length = int.from_bytes(start[:8], "little")
     if _MAX_HEADER < length <= os.path.getsize(path) and not _not_safetensors(start):
         raise CheckpointError(f"{path}: not a safetensors file (its header has {length:,} bytes; no BERT's is as long)")
+
+
+def _check_entries(path: Path, header: Mapping[str, object]) -> None:
+    """Refuses what the library reads as a tensor though the format does not write it so, and far too many."""
+    if len(header) > _MAX_TENSORS:
+        raise CheckpointError(
+            f"{path}: has {len(header):,} tensors, expected at most {_MAX_TENSORS:,}; no BERT has more"
+        )
+    for name, entry in header.items():
+        if len(name) > _MAX_NAME:
+            raise CheckpointError(
+                f"{path}: a tensor is called {name[:100] + '...'!r}, expected at most {_MAX_NAME} characters"
+            )
+        plain = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
+        if not (plain and _are_ints(entry.get("shape")) and _are_ints(entry.get("data_offsets"))):
+            raise CheckpointError(
+                f"{path}: the header's entry of tensor {name!r} is not an object with a dtype, a shape and data_offsets"
+            )
+
+
+def _are_ints(value: object) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in value)
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -105,11 +133,14 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], metadata: Ma
     from the same tensors by either is the same file. The data is flushed to the disk before this returns.
 
     Raises:
+        CheckpointError: a tensor has the name under which the format keeps the metadata.
         SourceError: the file can't be written, for instance for want of space.
     """
     rank = {dtype: position for position, dtype in enumerate(DTYPES.values())}
     ordered = sorted(tensors, key=lambda tensor: (-rank[tensor.dtype], tensor.name))
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    if any(tensor.name == _METADATA for tensor in ordered):
+        raise CheckpointError(f"{path}: a tensor is called {_METADATA!r}, which is no tensor's name in safetensors")
+    header: dict[str, object] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for tensor in ordered:
         end = offset + tensor.nbytes

@@ -32,6 +32,9 @@ from bertjax.convert.tensors import (
 from bertjax.errors import CheckpointError, SourceError
 from bertjax.json_files import check_regular
 
+#: What `Contents.format` says of these files.
+FORMAT = "Flax msgpack"
+
 SINGLE_FILE = "flax_model.msgpack"
 INDEX_FILE = "flax_model.msgpack.index.json"
 
@@ -143,7 +146,7 @@ def read_msgpack(path: Path) -> Contents:
     try:
         check_regular(path)
         with open(path, "rb") as file:
-            return Contents("Flax msgpack", _tensors(_Cursor(path, file)))
+            return Contents(FORMAT, _tensors(_Cursor(path, file)))
     except SourceError:
         raise
     except OSError as problem:
@@ -260,11 +263,7 @@ def _tensors(cursor: _Cursor) -> Mapping[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for path, array in _walk(cursor, (), cursor.expect("map", "the whole")):
         tensor = _tensor(cursor.path, path, array)
-        other = tensors.setdefault(tensor.name, tensor)
-        if other is not tensor:
-            raise CheckpointError(
-                f"{cursor.path}: {other.source!r} and {tensor.source!r} are both PyTorch's {tensor.name!r}; remove one"
-            )
+        tensors[tensor.name] = tensor  # `torch_name` has an inverse, and so no two have one name
     if cursor.position != cursor.end:
         raise cursor.malformed("it goes on after its end")
     return tensors
@@ -329,7 +328,12 @@ def _numbered(cursor: _Cursor, read: Callable[[], _T]) -> tuple[_T, ...]:
 
 
 def _tensor(file: Path, path: rules.Path, array: _Array) -> TensorInfo:
-    """Describes an array in PyTorch's terms."""
+    """Describes an array in PyTorch's terms; refuses one that FlaxBert would call something else."""
+    expected = flax_path(torch_name(path))[0]
+    if path != expected:  # a kernel under another name would not be transposed
+        raise CheckpointError(
+            f"{file}: {'/'.join(path)!r} is not a name of FlaxBert's, expected {'/'.join(expected)!r}"
+        )
     shape, strides = array.shape, None
     if path[-1] == "kernel" and len(shape) == 2:
         shape, strides = shape[::-1], (1, shape[1])

@@ -19,8 +19,9 @@ import numpy as np
 
 from bertjax.convert.tensors import DTYPES
 
-# The pickle of a BERT-large with its optimiser has 50,000 opcodes; this many take a second and 100 MB at worst.
-_MAX_OPCODES = 1 << 18
+#: In all pickles of a file together. Those of a BERT-large with its optimiser have 50,000; this many take a second and
+#: 100 MB at worst.
+MAX_OPCODES = 1 << 18
 # Pickle's own writers put at most 1000 pairs on the stack at once for each level of nesting.
 _MAX_STACK = 1 << 16
 # Dict keys are a hundred characters long; what else a training checkpoint may hold (a configuration) is some pages.
@@ -89,11 +90,13 @@ class Pickle:
         value: the object.
         end: position of the first byte behind the pickle.
         storages: every storage that it refers to, by key.
+        left: how many of the opcodes allowed were not needed.
     """
 
     value: object
     end: int
     storages: Mapping[str, Storage]
+    left: int
 
 
 _STORAGES = {
@@ -145,7 +148,7 @@ def kind(value: object) -> str:
     return "None" if value is None else f"an {name}" if name[0] in "aeioO" else f"a {name.lower()}"
 
 
-def interpret(data: bytes, start: int, where: str, identifier: int = 0) -> Pickle:
+def interpret(data: bytes, start: int, where: str, identifier: int = 0, budget: int = MAX_OPCODES) -> Pickle:
     """Reads one pickle as data.
 
     Args:
@@ -153,11 +156,12 @@ def interpret(data: bytes, start: int, where: str, identifier: int = 0) -> Pickl
         start: where in them the pickle begins.
         where: what the bytes are, for messages.
         identifier: how many elements the identifier of a storage has; 0: storages are refused.
+        budget: how many opcodes it may have; what the pickles before it in the file left.
 
     Raises:
         Malformed: it is not a pickle of plain data and tensors; says at which byte and why.
     """
-    machine = _Machine(data, start, identifier)
+    machine = _Machine(data, start, identifier, budget)
     try:
         return machine.run()
     except Malformed as problem:
@@ -167,7 +171,8 @@ def interpret(data: bytes, start: int, where: str, identifier: int = 0) -> Pickl
 class _Machine:
     """The stack machine, for one pickle."""
 
-    def __init__(self, data: bytes, start: int, identifier: int):
+    def __init__(self, data: bytes, start: int, identifier: int, budget: int):
+        self.budget = budget
         self.data, self.at, self.position, self.identifier = data, start, start, identifier
         self.stack: list[object] = []
         self.marks: list[int] = []  # for each open MARK, the height of the stack there
@@ -178,11 +183,11 @@ class _Machine:
         """Runs the opcodes up to STOP."""
         if self.data[self.at : self.at + 1] != b"\x80":
             raise Malformed("no pickle begins here")
-        for _ in range(_MAX_OPCODES):
+        for left in reversed(range(self.budget)):
             self.at = self.position
             opcode = self.take(1)
             if opcode == b".":
-                return Pickle(self.result(), self.position, self.storages)
+                return Pickle(self.result(), self.position, self.storages, left)
             action = _ACTIONS.get(opcode)
             if action is None:
                 known = pickletools.code2op.get(opcode.decode("latin-1"))
@@ -192,7 +197,7 @@ class _Machine:
             action(self)
             if len(self.stack) > _MAX_STACK or len(self.marks) > _MAX_STACK:
                 raise Malformed(f"more than {_MAX_STACK} values wait on the stack; no checkpoint needs that")
-        raise Malformed(f"the pickle has more than {_MAX_OPCODES} opcodes; no checkpoint of a BERT is as long")
+        raise Malformed(f"the file has more than {MAX_OPCODES} opcodes; no checkpoint of a BERT is as long")
 
     def result(self) -> object:
         if len(self.stack) != 1 or self.marks:

@@ -8,6 +8,7 @@ whose name is its keys joined by ".", in an OCDBT store or in plain folders; the
 Both libraries are imported when they are first needed: Orbax takes a second to import, and few callers need it.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -34,7 +35,8 @@ def write_orbax(path: Path, arrays: Iterable[tuple[rules.Path, np.ndarray]]) -> 
 
     The arrays are written as they are in memory, uncompressed: Orbax's defaults copy the whole tree, then compress all
     of it at once, which takes twice its size in memory beside it. The folder appears when it is complete; what there is
-    of one that fails stays beside it, under the name that Orbax gave it.
+    of one that fails stays beside it, under the name that Orbax gave it. Ctrl-C takes effect
+    when everything is written.
 
     Args:
         path: the folder to make, which must not exist.
@@ -58,9 +60,13 @@ def write_orbax(path: Path, arrays: Iterable[tuple[rules.Path, np.ndarray]]) -> 
     try:
         with _quiet():
             handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+            tree = ocp.args.PyTreeSave(rules.unflatten(leaves.items()))
             # Unlike `StandardCheckpointer`, this one has written everything, and ended its threads, when it returns.
-            with ocp.Checkpointer(handler) as checkpointer:
-                checkpointer.save(os.path.abspath(path), ocp.args.PyTreeSave(rules.unflatten(leaves.items())))
+            with ocp.Checkpointer(handler) as checkpointer, concurrent.futures.ThreadPoolExecutor(1) as thread:
+                # In a thread that Ctrl-C does not reach: leaving the block waits for it, so that nothing is still being
+                # written when the caller cleans up. It has to be known before, or it would not be waited for.
+                thread.submit(int).result()
+                thread.submit(checkpointer.save, os.path.abspath(path), tree).result()
     except Exception as problem:  # tensorstore's are ValueErrors, whatever went wrong
         raise SourceError(f"{path}: can't be written ({_first_line(problem)})") from None
 
@@ -182,6 +188,9 @@ def _describe(folder: Path, place: rules.Path, spec: Mapping[str, Any]) -> Orbax
         store = _open(spec)
         shape, dtype = store.shape, store.dtype.numpy_dtype
         chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
+        compressed = _uses_blosc(store.spec().to_json().get("metadata", {}))
+    if compressed:
+        raise CheckpointError(f"{folder}: {where!r} is compressed with blosc, which Orbax does not use; save it again")
     if dtype not in DTYPE_NAMES:
         raise CheckpointError(f"{folder}: {where!r} has dtype {dtype}, which bertjax does not read")
     check_shape(folder, where, shape)
@@ -189,6 +198,20 @@ def _describe(folder: Path, place: rules.Path, spec: Mapping[str, Any]) -> Orbax
     if any(part > max(size, 1) for part, size in zip(chunk, shape, strict=True)):
         raise CheckpointError(f"{folder}: {where!r} of shape {list(shape)} is in chunks of {list(chunk)}")
     return OrbaxArray(folder, place, shape, dtype, spec)
+
+
+def _uses_blosc(metadata: Mapping[str, Any]) -> bool:
+    """Whether chunks are compressed with blosc, which allocates whatever size a chunk says, before it looks further."""
+    waiting = [metadata.get("compressor"), metadata.get("codecs")]
+    while waiting:  # codecs may hold codecs
+        each = waiting.pop()
+        if isinstance(each, dict):
+            if "blosc" in (each.get("id"), each.get("name")):
+                return True
+            waiting += each.values()
+        elif isinstance(each, list):
+            waiting += each
+    return False
 
 
 def _open(spec: Mapping[str, Any]) -> Any:

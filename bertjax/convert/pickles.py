@@ -84,7 +84,8 @@ def read_pickle(path: Path) -> Contents:
     """Finds the tensors of a state dict that torch.save wrote, in the order of the dict.
 
     The state dict may be the whole file, or stand in a dict under `state_dict` or `model_state_dict`; what stands
-    beside it there is in `left_out` if it may hold tensors. Nothing that the file names is imported or called.
+    beside it there is in `left_out` if it may hold tensors, and refused if it is one. Nothing that the file names is
+    imported or called.
 
     Raises:
         SourceError: the file can't be read, or is not a regular file.
@@ -158,9 +159,9 @@ class _Member(NamedTuple):
 def _read_zip(file: BinaryIO, size: int) -> _Found:
     directory, end = _directory(file, size)
     members = {member.name: member for member in directory}
-    if len(members) != len(directory):
-        raise Malformed("the archive names a member twice; its readers could see different files")
+    _check_names(members, directory)
     prefix = _prefix(members)
+    _check_case(members, prefix)
     places = dict(_walk(file, directory, end))
     pickle = _read_member(file, members[prefix + b"data.pkl"], places, _MAX_PICKLE_BYTES)
     order = members.get(prefix + b"byteorder")
@@ -173,6 +174,26 @@ def _read_zip(file: BinaryIO, size: int) -> _Found:
     data = prefix + b"data/"
     keys = {name.removeprefix(data).decode("latin-1"): places[name] for name in members if name.startswith(data)}
     return _Found(ZIP, found.value, keys, order == b"big")
+
+
+def _check_names(members: Mapping[bytes, _Member], directory: list[_Member]) -> None:
+    """Refuses names that others read differently: torch ignores their case, and takes them for C's strings."""
+    if len({name.lower() for name in members}) != len(directory):
+        raise Malformed("the archive names a member twice, if not in the same case; readers could see different files")
+    for name, member in members.items():
+        if b"\0" in name or b"\\" in name:
+            raise Malformed(f"{member} has a NUL or a backslash in its name; readers could see different files")
+
+
+def _check_case(members: Mapping[bytes, _Member], prefix: bytes) -> None:
+    """Refuses a member that torch reads, whatever its case, and this module would not see."""
+    for name, member in members.items():
+        rest = name.removeprefix(prefix)
+        lower = rest.lower()
+        if rest != lower and (lower in (b"data.pkl", b"byteorder") or lower.startswith(b"data/")):
+            raise Malformed(
+                f"{member} is spelt with capitals, which torch never does; readers could see different files"
+            )
 
 
 def _read_at(file: BinaryIO, position: int, count: int) -> bytes:
@@ -320,23 +341,23 @@ def _read_member(file: BinaryIO, member: _Member, places: Mapping[bytes, _Place]
 def _read_legacy(file: BinaryIO, size: int) -> _Found:
     file.seek(0)
     data = file.read(_MAX_PICKLE_BYTES)  # how long the pickles are shows only when they are read
-    magic = _next(data, 0)
+    magic = interpret(data, 0, "the file")
     if type(magic.value) is not int or magic.value != _MAGIC:
         raise Malformed(f"this is a pickle, but not one of torch.save's: it holds {kind(magic.value)}")
-    version = _next(data, magic.end)
+    version = _next(data, magic)
     if type(version.value) is not int or version.value != _PROTOCOL:
         raise Malformed(f"the version of the file's format is {quote(version.value)}, expected {_PROTOCOL}")
     # The writer's byte order is in here, but torch writes the numbers themselves in little-endian order on any machine.
-    machine = _next(data, version.end)
-    content = _next(data, machine.end, identifier=6)
-    keys = _next(data, content.end)
+    machine = _next(data, version)
+    content = _next(data, machine, identifier=6)
+    keys = _next(data, content)
     if type(keys.value) is not list:
         raise Malformed(f"the keys of the storages are {kind(keys.value)}, expected a list")
     return _Found(LEGACY, content.value, _walk_storages(file, size, keys, content.storages))
 
 
-def _next(data: bytes, start: int, identifier: int = 0) -> Pickle:
-    return interpret(data, start, "the file", identifier)
+def _next(data: bytes, before: Pickle, identifier: int = 0) -> Pickle:
+    return interpret(data, before.end, "the file", identifier, before.left)
 
 
 def _walk_storages(file: BinaryIO, size: int, keys: Pickle, storages: Mapping[str, Storage]) -> dict[str, _Place]:
@@ -371,13 +392,24 @@ def _state_dict(value: object) -> tuple[dict, dict[str, str]]:
     nested = [key for key in _STATE_DICTS if isinstance(value.get(key), dict)]
     if len(nested) == 1:
         reason = f"stands beside {nested[0]!r}"
-        beside = (key for key in value if key != nested[0] and isinstance(value[key], (dict, list, tuple, Tensor)))
+        _refuse_tensors_beside(value, nested[0])
+        beside = (key for key in value if key != nested[0] and isinstance(value[key], (dict, list, tuple)))
         return value[nested[0]], {str(key): reason for key in beside}
     if not any(isinstance(entry, Tensor) for entry in value.values()):
         keys = enumerate_problems([quote(key) for key in value], limit=20) or "nothing"
         wanted = " and ".join(nested) or "no state dict"
         raise Malformed(f"the file holds a dict with {wanted}, expected one state dict; its keys are: {keys}")
     return value, {}
+
+
+def _refuse_tensors_beside(value: dict, nested: str) -> None:
+    """Refuses tensors at the top of a file that holds a state dict as well: they may be another model."""
+    found = [quote(key) for key, entry in value.items() if isinstance(entry, Tensor)]
+    if found:
+        listed = enumerate_problems(found, limit=20)
+        raise Malformed(
+            f"tensors stand beside {nested!r}, which may be another model: {listed}; save one of the two alone"
+        )
 
 
 def _tensors(path: Path, state: dict, found: _Found) -> dict[str, TensorInfo]:

@@ -97,7 +97,8 @@ def find_prefix(path: Path) -> Path | None:
         The checkpoint's prefix, for `read_checkpoint`; None: there is no such checkpoint.
 
     Raises:
-        SourceError: there are several, or there is a part of one without its index.
+        SourceError: there are several, or there is a part of one without its index; or what may be one of the old
+            format is a link out of the folder.
         CheckpointError: it is in the format that TensorFlow wrote before version 0.12.
     """
     if os.path.isdir(path):
@@ -149,7 +150,7 @@ def _index(prefix: Path) -> Path:
 
 def _refuse_old_format(path: Path) -> None:
     """Refuses a file of TensorFlow's first format, which is a table with the variables' bytes inside."""
-    if is_table(path):
+    if is_table(inside(path.parent, path.name)):
         raise CheckpointError(
             f"{path}: is in TensorFlow's V1 format, of before 0.12; in TensorFlow, restore it and save it again with "
             "tf.compat.v1.train.Saver"

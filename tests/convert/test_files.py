@@ -85,6 +85,12 @@ def test_a_few_tensors_are_made_ahead_and_never_over_another_file(tmp_path):
     assert (tmp_path / "t").read_bytes() == before
 
 
+def test_a_tensor_with_the_name_of_the_metadata_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="t: a tensor is called '__metadata__'"):
+        write_safetensors(tmp_path / "t", to_write({"__metadata__": np.zeros(2)}), {"format": "pt"})
+    assert not (tmp_path / "t").exists()
+
+
 def test_a_source_that_fails_while_it_is_copied_is_named_itself(tmp_path):
     save_file({"a": np.zeros(100, np.float32)}, tmp_path / "source")
     info = read_header(tmp_path / "source").tensors["a"]
@@ -107,6 +113,7 @@ def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
 
 GOOD = pack({"a": entry()}, bytes(8))
 A = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+EMPTY = b'"%d":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}'
 MALFORMED = {
     "empty": (b"", "empty; the download did not finish"),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer.*git lfs pull"),
@@ -137,6 +144,10 @@ MALFORMED = {
     "float8": (pack({"a": entry("F8_E4M3", (8,))}, bytes(8)), "tensor 'a' has dtype F8_E4M3"),
     "unsigned": (pack({"a": entry("U32")}, bytes(8)), "tensor 'a' has dtype U32"),
     "zero beside 2^60": (pack({"a": entry(shape=(0, 1 << 60), offsets=(0, 0))}), "tensor 'a' .*impossible shape"),
+    "dtype as a map": (pack({"a": entry({"F32": None})}, bytes(8)), "entry of tensor 'a' is not an object with"),
+    "entry as a list": (pack({"a": ["F32", [2], [0, 8]]}, bytes(8)), "entry of tensor 'a' is not an object with"),
+    "long name": (pack({"a" * 513: entry()}, bytes(8)), "called 'a{100}\\.\\.\\.', expected at most 512 characters"),
+    "many tensors": (pack(b"{" + b",".join(EMPTY % i for i in range(65_537)) + b"}"), "has 65,537 tensors, .*no BERT"),
     "rank 300": (pack({"a": entry(shape=(1,) * 299 + (2,))}, bytes(8)), "tensor 'a' .*impossible shape"),
 }
 
@@ -232,7 +243,7 @@ def test_shards_are_read_together(tmp_path):
     [
         ({"c": ONE}, f"{ONE} lacks c"),
         ({"d": TWO}, f"{TWO} lacks d"),
-        ({"a": TWO}, f"{ONE} holds a, which.*{TWO} lacks a"),
+        ({"a": TWO}, f"{ONE} holds a, which"),
         ({"c": "model-00003-of-00003.safetensors"}, "model-00003-of-00003.safetensors: can't be read"),
         *(
             ({"c": shard}, "weight_map\\['c'\\] is .*expected a file name")

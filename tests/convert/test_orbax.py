@@ -3,9 +3,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -210,6 +212,45 @@ def test_a_hostile_description_of_an_array_is_refused(field, value, message, tmp
     file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
     with pytest.raises(CheckpointError, match=f"t: .*{message}"):
         read_orbax(tmp_path / "t")
+
+
+BLOSC = {"cname": "lz4", "clevel": 5, "shuffle": 1, "blocksize": 0}
+CODECS = [
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "blosc", "configuration": BLOSC | {"shuffle": "shuffle", "typesize": 4}},
+]
+SHARDS = {"chunk_shape": [2, 3], "codecs": CODECS, "index_codecs": CODECS[:1]}
+
+
+@pytest.mark.parametrize("zarr", ["zarr", "zarr3", "sharded"])
+def test_blosc_is_refused_before_it_is_unpacked(zarr, tmp_path):
+    """It allocates what a chunk's header says, which may be a gigabyte."""
+    with ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=zarr != "zarr") as checkpointer:
+        checkpointer.save(tmp_path / "t", {"a": np.ones((2, 3), np.float32)})
+    file = tmp_path / "t" / "a" / (".zarray" if zarr == "zarr" else "zarr.json")
+    found = json.loads(file.read_text())
+    if zarr == "zarr":
+        found["compressor"] = {"id": "blosc"} | BLOSC
+    else:
+        found["codecs"] = CODECS if zarr == "zarr3" else [{"name": "sharding_indexed", "configuration": SHARDS}]
+    file.write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match="t: 'a' is compressed with blosc"):
+        read_orbax(tmp_path / "t")
+
+
+def test_nothing_is_being_written_once_it_was_interrupted(tmp_path, monkeypatch):
+    save, ended = ocp.Checkpointer.save, []
+
+    def slow(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        save(*arguments)
+        ended.append(True)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", slow)
+    with pytest.raises(KeyboardInterrupt):
+        write_orbax(tmp_path / "t", [(("a",), np.ones(1))])
+    assert ended
 
 
 def test_data_that_is_missing_is_not_taken_for_zeros(tmp_path):

@@ -362,6 +362,16 @@ def test_the_first_format_is_refused_in_a_folder_and_beside_its_graph(tmp_path):
             find_prefix(tmp_path / name)
 
 
+def test_what_may_be_of_the_first_format_is_not_opened_through_a_link_out_of_the_folder(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "outside").write_bytes((DATA / "refused" / "first_format.ckpt").read_bytes())
+    (folder / "model.ckpt").symlink_to(tmp_path / "outside")
+    for name in ("", "model.ckpt", "model.ckpt.meta"):
+        with pytest.raises(SourceError, match=r"model.ckpt: is a link out of the model's folder"):
+            find_prefix(folder / name)
+
+
 # Malformed checkpoints
 
 GOOD = {"a": entry(), "b": entry(offset=8), "c/kernel": entry((1, 2), offset=16)}
@@ -573,7 +583,7 @@ def many_keys(count, length):
 
 
 HOSTILE = {
-    "keys": (lambda: table(many_keys(8_000, 512), 100_000, 100_000), "variables: .*and 7000 more"),
+    "keys": (lambda: table(many_keys(8_000, 512), 100_000, 100_000), "variables: .*and 7[0-9]{3} more"),
     "more keys": (lambda: table(many_keys(8_500, 60), 100_000, 100_000), "more than 8,192 keys"),
     "dimensions": (lambda: index_of({"a": entry((1,) * 50_000)}), "impossible shape"),
     "fields": (lambda: index_of({"a": number(1, 1) * 130_000}), "'a': has 0 bytes, expected 4"),
