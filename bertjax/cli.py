@@ -193,7 +193,7 @@ def convert(source: str, target: Path | None, check: Path | None, **options: Any
     SOURCE is a folder, a file of weights in it, the prefix of a TensorFlow checkpoint, or a repository on the Hub. It
     may hold safetensors, PyTorch pickles (.bin), FlaxBert's msgpack, a TensorFlow 1 or an Orbax checkpoint. No code in
     it is ever run. Names, dtypes and numbers of all tensors are kept; the tokenizer and the sentence-transformers
-    modules are copied unchanged. TARGET appears whole or not at all.
+    modules are copied, Dense weights as safetensors. TARGET appears whole or not at all.
 
     \b
     bertjax convert old-checkpoint/ new-checkpoint/

@@ -33,7 +33,15 @@ from bertjax.heads import (
 from bertjax.json_files import read_json
 from bertjax.layers import DType
 from bertjax.model import check_dtype
-from bertjax.pretrained import abstract, abstract_model, check_head_fields, config_file, read_config, write_config
+from bertjax.pretrained import (
+    abstract,
+    abstract_model,
+    check_head_fields,
+    config_file,
+    read_config,
+    untied,
+    write_config,
+)
 from bertjax.side_files import copy_side_files, encoder_folder
 
 _CLASSES = (
@@ -133,9 +141,9 @@ def read_checkpoint(
     config = read_config(weights.folder, ignore)
     survey = names.survey(weights, prefix)
     if untie:
-        config = _with(config, tie_word_embeddings=False)
+        config, survey = untied(config, survey)
     # Flax has no PyTorch names to give back, so what it has comes out as transformers writes it.
-    if untie or (weights.format == msgpack.FORMAT and weights.layout is None and not config.tie_word_embeddings):
+    elif weights.format == msgpack.FORMAT and weights.layout is None and not config.tie_word_embeddings:
         survey = survey.with_decoder_bias()
     if config_file(weights.folder).name == "bert_config.json":
         config = _with_found_heads(config, survey)
@@ -156,10 +164,6 @@ def _check_architecture(config: BertConfig, survey: names.Survey) -> None:
         )
 
 
-def _with(config: BertConfig, **fields: Any) -> BertConfig:
-    return dataclasses.replace(config, extra={**config.extra, **fields})
-
-
 def _with_found_heads(config: BertConfig, survey: names.Survey) -> BertConfig:
     """Adds to a configuration of Google's, which knows the encoder only, the heads that the checkpoint has."""
     heads = bert.heads_in(survey)
@@ -169,7 +173,7 @@ def _with_found_heads(config: BertConfig, survey: names.Survey) -> BertConfig:
     if classifier is not None and 0 < classifier.count <= _MAX_LABELS:
         fields["id2label"] = {str(label): f"LABEL_{label}" for label in range(classifier.count)}
         fields["label2id"] = {name: int(label) for label, name in fields["id2label"].items()}
-    return _with(config, **fields)
+    return dataclasses.replace(config, extra={**config.extra, **fields})
 
 
 def _shapes(config: BertConfig, survey: names.Survey) -> dict[rules.Path, rules.Shape]:
@@ -218,8 +222,8 @@ def convert_checkpoint(
 
     Names, dtypes and numbers of the tensors come out as they went in; where the format can't hold them (an alias, a
     buffer, a prefix), `bertjax_layout.json` beside the weights does, so that the way back gives the same file. The
-    tokenizer and the sentence-transformers modules are copied, around an encoder that stands at the top. Tensors are
-    read one at a time.
+    tokenizer and the sentence-transformers modules are copied, around an encoder that stands at the top. A few tensors
+    are in memory at a time, except for Orbax, which takes all of them.
 
     Args:
         source: a model's folder, one of the weight files in it, the prefix of a TensorFlow checkpoint, or a repository
@@ -254,12 +258,12 @@ def convert_checkpoint(
     if max_shard_size is not None and to != "safetensors":
         raise InputError(f"max_shard_size applies to safetensors, not to {to}")
     target = Path(target)
-    resolved(target)
+    place = resolved(target)
     path = hub.resolve(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     folder = path if path.is_dir() else path.parent
-    if folder.resolve().is_relative_to(os.path.realpath(target)):
+    if folder.resolve().is_relative_to(place):
         raise SourceError(f"{target}: is or holds the source, which is never replaced; choose another folder")
-    if target.exists() and Path(os.path.realpath(target)).is_relative_to(folder.resolve()):
+    if target.exists() and place.is_relative_to(folder.resolve()):
         raise SourceError(f"{target}: is a part of the source, which is never replaced; choose another folder")
     if certify is not None:
         _check_certificate_path(Path(certify), folder, target, force)

@@ -1,10 +1,12 @@
-"""Reads JSON files that somebody else wrote."""
+"""Reads files that somebody else wrote, and JSON in them."""
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bertjax.errors import SourceError
 
@@ -45,17 +47,28 @@ def read_json(path: Path, error: type[Exception], kind: type = dict) -> Any:
 
 def read_file(path: Path, limit: int, error: type[Exception]) -> bytes:
     """Reads a whole file of at most `limit` bytes; see `read_json` for the errors."""
+    with opened(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise error(f"{path}: larger than {limit:,} bytes, which no such file is")
+    return data
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file that somebody else wrote; an `OSError` in the block is one that names the file.
+
+    Raises:
+        SourceError: the file can't be read, or is not a regular file.
+    """
     try:
         check_regular(path)
         with open(path, "rb") as file:
-            data = file.read(limit + 1)
+            yield file
     except SourceError:
         raise
     except OSError as problem:
         raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
-    if len(data) > limit:
-        raise error(f"{path}: larger than {limit:,} bytes, which no such file is")
-    return data
 
 
 def check_regular(path: Path) -> None:

@@ -76,6 +76,12 @@ def linear(
     )
 
 
+def _square(config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> nnx.Linear:
+    """A dense layer from the hidden axis to itself."""
+    options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+    return linear(config.hidden_size, config.hidden_size, initializer_range=config.initializer_range, **options)
+
+
 def _to_matmul_dtypes(
     operands: tuple[jax.Array, jax.Array, jax.Array | None], *, dtype: DType
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -174,20 +180,11 @@ class BertSelfAttention(nnx.Module):
     """Multi-head self-attention and its output projection, without the residual."""
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
-        def square() -> nnx.Linear:
-            return linear(
-                config.hidden_size,
-                config.hidden_size,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                initializer_range=config.initializer_range,
-                rngs=rngs,
-            )
-
-        self.query = square()
-        self.key = square()
-        self.value = square()
-        self.output = square()
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.query = _square(config, **options)
+        self.key = _square(config, **options)
+        self.value = _square(config, **options)
+        self.output = _square(config, **options)
         self.position_embedding_type = config.position_embedding_type
         if self.position_embedding_type != "absolute":
             self.distance_embedding = embedding(
@@ -277,14 +274,7 @@ class BertPooler(nnx.Module):
     """tanh(W h + b) of the first position, [CLS]: what BERT pre-trained for next-sentence prediction."""
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
-        self.dense = linear(
-            config.hidden_size,
-            config.hidden_size,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            initializer_range=config.initializer_range,
-            rngs=rngs,
-        )
+        self.dense = _square(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Maps float32 [batch, length, hidden] to float32 [batch, hidden]."""
@@ -295,14 +285,7 @@ class BertPredictionTransform(nnx.Module):
     """What the masked-LM head does to a hidden state before it compares it with every word."""
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
-        self.dense = linear(
-            config.hidden_size,
-            config.hidden_size,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            initializer_range=config.initializer_range,
-            rngs=rngs,
-        )
+        self.dense = _square(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.layer_norm = layer_norm(config, param_dtype, rngs)
         self.activation = config.hidden_act
 

@@ -97,8 +97,7 @@ def load_model(
     else:
         check_head_fields(config, weights.folder)
     if untie:
-        config = dataclasses.replace(config, extra={**config.extra, "tie_word_embeddings": False})
-        survey = survey.with_decoder_bias()
+        config, survey = untied(config, survey)
     graphdef, shapes = abstract(lambda: kind(config, rngs=nnx.Rngs(0), **options))
     plan = bert.match(survey, shapes)
     # A pooler is left out only where the caller asks for it; a head is left out because there is nowhere to put it.
@@ -115,6 +114,12 @@ def load_model(
 def read_config(folder: Path, ignore: Iterable[str] = ()) -> BertConfig:
     """Reads a folder's config.json or, as Google's checkpoints have it, bert_config.json; see `BertConfig.from_hf`."""
     return BertConfig.from_file(config_file(folder), ignore=ignore)
+
+
+def untied(config: BertConfig, survey: names.Survey) -> tuple[BertConfig, names.Survey]:
+    """A checkpoint whose masked-language-model head has a decoder of its own, whatever its configuration says."""
+    extra = {**config.extra, "tie_word_embeddings": False}
+    return dataclasses.replace(config, extra=extra), survey.with_decoder_bias()
 
 
 def check_head_fields(config: BertConfig, folder: Path) -> None:

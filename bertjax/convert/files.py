@@ -27,7 +27,7 @@ from bertjax.convert.tensors import (
     what_it_is,
 )
 from bertjax.errors import CheckpointError, SourceError
-from bertjax.json_files import check_regular
+from bertjax.json_files import opened
 
 #: What `Contents.format` says of these files.
 FORMAT = "safetensors"
@@ -53,8 +53,7 @@ def read_header(path: Path) -> Contents:
         CheckpointError: it is not a well-formed safetensors file, or holds a dtype that no BERT has.
     """
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
+        with opened(path) as file:
             start = file.read(512)
             _check_length(path, start)
             with safe_open(path, "numpy") as checked:  # holes, overlaps, overflow, trailing bytes
@@ -66,8 +65,6 @@ def read_header(path: Path) -> Contents:
         raise CheckpointError(f"{path}: {_not_safetensors(start) or f'not a safetensors file ({problem})'}") from None
     except (CheckpointError, SourceError):
         raise
-    except OSError as problem:
-        raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
     except ValueError as problem:
         raise CheckpointError(f"{path}: {problem}") from None
     header.pop(_METADATA, None)

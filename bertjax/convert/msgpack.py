@@ -29,8 +29,8 @@ from bertjax.convert.tensors import (
     read_flat,
     what_it_is,
 )
-from bertjax.errors import CheckpointError, SourceError
-from bertjax.json_files import check_regular
+from bertjax.errors import CheckpointError
+from bertjax.json_files import opened
 
 #: What `Contents.format` says of these files.
 FORMAT = "Flax msgpack"
@@ -143,14 +143,8 @@ def read_msgpack(path: Path) -> Contents:
         SourceError: the file can't be opened, or is not a regular file.
         CheckpointError: it is not a well-formed msgpack file, or holds something other than arrays of numbers.
     """
-    try:
-        check_regular(path)
-        with open(path, "rb") as file:
-            return Contents(FORMAT, _tensors(_Cursor(path, file)))
-    except SourceError:
-        raise
-    except OSError as problem:
-        raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
+    with opened(path) as file:
+        return Contents(FORMAT, _tensors(_Cursor(path, file)))
 
 
 class _Cursor:

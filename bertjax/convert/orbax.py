@@ -35,8 +35,8 @@ def write_orbax(path: Path, arrays: Iterable[tuple[rules.Path, np.ndarray]]) -> 
 
     The arrays are written as they are in memory, uncompressed: Orbax's defaults copy the whole tree, then compress all
     of it at once, which takes twice its size in memory beside it. The folder appears when it is complete; what there is
-    of one that fails stays beside it, under the name that Orbax gave it. Ctrl-C takes effect
-    when everything is written.
+    of one that fails stays beside it, under the name that Orbax gave it. Ctrl-C takes effect when everything is
+    written.
 
     Args:
         path: the folder to make, which must not exist.

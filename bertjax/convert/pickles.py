@@ -24,8 +24,8 @@ import numpy as np
 
 from bertjax.convert.opcodes import Malformed, Pickle, Storage, Tensor, interpret, kind, quote
 from bertjax.convert.tensors import Contents, TensorInfo, check_ratio, check_shape, enumerate_problems, span, what_it_is
-from bertjax.errors import CheckpointError, SourceError
-from bertjax.json_files import check_regular
+from bertjax.errors import CheckpointError
+from bertjax.json_files import opened
 
 ZIP, LEGACY = "PyTorch zip pickle", "PyTorch legacy pickle"
 
@@ -93,16 +93,11 @@ def read_pickle(path: Path) -> Contents:
             modules, quantised or sparse tensors); is damaged; or holds something other than plain tensors.
     """
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
+        with opened(path) as file:
             found = _open(file, os.fstat(file.fileno()).st_size)
         state, left_out = _state_dict(found.value)
-    except SourceError:
-        raise
     except Malformed as problem:
         raise CheckpointError(f"{path}: {problem}") from None
-    except OSError as problem:
-        raise SourceError(f"{path}: can't be read ({problem.strerror or problem})") from None
     tensors = _tensors(path, state, found)
     check_ratio(
         path, sum(tensor.nbytes for tensor in tensors.values()), sum(place.nbytes for place in found.places.values())
