@@ -135,7 +135,7 @@ def read_checkpoint(
         ignore: unknown fields of the configuration that have no effect on the encoder.
 
     Raises:
-        SourceError, ConfigError, CheckpointError: see `bertjax.pretrained.load_model`.
+        SourceError, ConfigError, CheckpointError: see `bertjax.pretrained.from_pretrained`.
     """
     weights = sources.open_weights(path)  # first, because the format tells most plainly what a folder is
     config = read_config(weights.folder, ignore)
@@ -250,7 +250,7 @@ def convert_checkpoint(
         local_files_only: see `hub.resolve`.
 
     Raises:
-        SourceError, ConfigError, CheckpointError: see `bertjax.pretrained.load_model`.
+        SourceError, ConfigError, CheckpointError: see `bertjax.pretrained.from_pretrained`.
         InputError: an option is not usable.
     """
     if to not in targets.TARGETS:

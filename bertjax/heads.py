@@ -125,16 +125,16 @@ class BertWithHeads(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: "str | Path", **options: Any) -> Self:
-        """Loads a checkpoint; see `bertjax.pretrained.load_model` for the options and the errors."""
-        from bertjax.pretrained import load_model  # not at the top, for the reason given in `BertModel`
+        """Loads a checkpoint; see `bertjax.pretrained.from_pretrained` for the options and the errors."""
+        from bertjax.pretrained import from_pretrained  # not at the top, for the reason given in `BertModel`
 
-        return load_model(path_or_hub_id, cls, **options)
+        return from_pretrained(path_or_hub_id, cls, **options)
 
     def save_pretrained(self, folder: "str | Path", **options: Any) -> None:
-        """Writes a Hugging Face folder; see `bertjax.pretrained.save_model` for the options and the errors."""
-        from bertjax.pretrained import save_model
+        """Writes a Hugging Face folder; see `bertjax.pretrained.save_pretrained` for the options and the errors."""
+        from bertjax.pretrained import save_pretrained
 
-        save_model(self, folder, **options)
+        save_pretrained(self, folder, **options)
 
     def __str__(self) -> str:
         return module_tree(self)

@@ -172,17 +172,17 @@ class BertModel(nnx.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: "str | Path", **options: Any) -> "BertModel":
-        """Loads a checkpoint; see `bertjax.pretrained.load_model` for the options and the errors."""
+        """Loads a checkpoint; see `bertjax.pretrained.from_pretrained` for the options and the errors."""
         # Imported here because a model knows nothing of files: `pretrained` imports this module, not the reverse.
-        from bertjax.pretrained import load_model
+        from bertjax.pretrained import from_pretrained
 
-        return load_model(path_or_hub_id, **options)
+        return from_pretrained(path_or_hub_id, cls, **options)
 
     def save_pretrained(self, folder: "str | Path", **options: Any) -> None:
-        """Writes a Hugging Face folder; see `bertjax.pretrained.save_model` for the options and the errors."""
-        from bertjax.pretrained import save_model
+        """Writes a Hugging Face folder; see `bertjax.pretrained.save_pretrained` for the options and the errors."""
+        from bertjax.pretrained import save_pretrained
 
-        save_model(self, folder, **options)
+        save_pretrained(self, folder, **options)
 
     def __str__(self) -> str:
         return module_tree(self)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nnx.Module)
 
 
-def load_model(
+def from_pretrained(
     path_or_hub_id: str | Path,
     kind: type[Model] = BertModel,
     *,
@@ -136,7 +136,7 @@ def config_file(folder: Path) -> Path:
     return found or folder / "config.json"
 
 
-def save_model(
+def save_pretrained(
     model: Model,
     folder: str | Path,
     *,
@@ -210,18 +210,18 @@ def load_sentence_encoder(
         max_seq_length: longest text in tokens, in the place of the folder's; longer texts lose their end.
         truncate_dim: keep only that many leading numbers of every vector, in the place of the folder's.
         step_tokens: see `SentenceEncoder`.
-        revision: see `load_model`.
+        revision: see `from_pretrained`.
         dtype: see `BertModel`.
         param_dtype: dtype of the encoder's parameters; default: `dtype`.
-        sharding: see `load_model`.
+        sharding: see `from_pretrained`.
         tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.
-        ignore: see `load_model`.
+        ignore: see `from_pretrained`.
         token: see `hub.resolve`.
         cache_dir: see `hub.resolve`.
         local_files_only: see `hub.resolve`.
 
     Raises:
-        SourceError, ConfigError, CheckpointError: see `load_model`.
+        SourceError, ConfigError, CheckpointError: see `from_pretrained`.
         TokenizerError: the tokenizer's files are malformed or contradict one another.
         InputError: the vectors have fewer than `truncate_dim` numbers.
     """
@@ -243,7 +243,7 @@ def load_sentence_encoder(
     tokenizer = Tokenizer.from_folder(
         spec.transformer, normalizer=tokenizer_normalizer, do_lower_case=spec.do_lower_case
     )
-    bert_model = load_model(
+    bert_model = from_pretrained(
         spec.transformer,
         dtype=dtype,
         param_dtype=param_dtype,

@@ -56,13 +56,13 @@ def describe(
         list_parameters: also list every tensor.
         prefix: what stands before the encoder's tensor names, for a file that holds several encoders.
         revision: for the Hub: a branch, a tag or a commit.
-        ignore: see `load_model`.
+        ignore: see `from_pretrained`.
         token: see `hub.resolve`.
         cache_dir: see `hub.resolve`.
         local_files_only: see `hub.resolve`.
 
     Raises:
-        SourceError, ConfigError, CheckpointError: see `load_model`.
+        SourceError, ConfigError, CheckpointError: see `from_pretrained`.
     """
     path = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
