@@ -7,19 +7,18 @@ where transformers silently follows one of them.
 """
 
 import json
-import operator
 import os
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, models, normalizers
+from tokenizers import AddedToken
 
 from bertjax.errors import InputError, SourceError, TokenizerError
 from bertjax.folders import find
+from bertjax.text_inputs import check_texts, raise_for_input, whole_number
 from bertjax.tokenizer_files import (
     BERT_TOKENS,
     FLAGS,
@@ -32,7 +31,6 @@ from bertjax.tokenizer_files import (
     complete_roles,
     describe_missing,
     lowercase_first,
-    normalizer_flags,
     read_config,
     read_declared,
     read_options,
@@ -40,72 +38,16 @@ from bertjax.tokenizer_files import (
     read_vocab,
     register_tokens,
     resolve_normalizer,
-    shorten,
 )
+from bertjax.tokenizer_saving import config_to_save
+from bertjax.tokens import Tokens, align, int32_rows
+from bertjax.windows import cut_windows, encode_parts
 
 Truncation = Literal["longest_first", "only_first", "only_second"]
 
 # What transformers' `clean_up_tokenization` replaces, in its order.
 _CLEAN_UP = {s: s[1:] for s in (" .", " ?", " !", " ,")} | {" ' ": "'"}
 _CLEAN_UP |= {s: s[1:] for s in (" n't", " 'm", " 's", " 've", " 're")}
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """Ragged token lists, in the order of the texts.
-
-    Attributes:
-        input_ids: one int32 array [tokens_i] per text, special tokens included.
-        token_type_ids: one int32 array [tokens_i] per text: 0 in the first segment, 1 in the second (as the
-            tokenizer's template says).
-        truncated: bool [n], which texts lost tokens to `max_length`.
-        pad_token_id: the id `padded` fills up with.
-    """
-
-    input_ids: list[np.ndarray]
-    token_type_ids: list[np.ndarray]
-    truncated: np.ndarray
-    pad_token_id: int
-
-    def __len__(self) -> int:
-        """The number of texts."""
-        return len(self.input_ids)
-
-    def padded(self, length: int | None = None) -> dict[str, np.ndarray]:
-        """Pad on the right to one rectangle.
-
-        Args:
-            length: the number of columns; None for the longest row's.
-
-        Returns:
-            `input_ids`, `attention_mask` (1 on tokens, 0 on padding) and `token_type_ids` (0 on padding), each
-            int32 [n, length]. Without texts, [0, length] (or [0, 0]).
-
-        Raises:
-            InputError: `length` is not a whole number, or shorter than a row.
-        """
-        lengths = np.array([len(row) for row in self.input_ids], np.int64)
-        longest = int(lengths.max(initial=0))
-        length = longest if length is None else _whole_number(length, "length")
-        if length < longest:
-            raise InputError(
-                f"length={length} is shorter than row {int(lengths.argmax())}, which has {longest} tokens; "
-                "pass a larger length, or tokenize with a smaller max_length"
-            )
-        is_token = np.arange(length) < lengths[:, None]
-        return {
-            "input_ids": _fill(is_token, self.input_ids, self.pad_token_id),
-            "attention_mask": is_token.astype(np.int32),
-            "token_type_ids": _fill(is_token, self.token_type_ids, 0),
-        }
-
-
-def _fill(is_token: np.ndarray, rows: list[np.ndarray], padding: int) -> np.ndarray:
-    """Lay ragged rows out in the rectangle `is_token`, bool [n, length]."""
-    filled = np.full(is_token.shape, padding, np.int32)
-    if rows:
-        filled[is_token] = np.concatenate(rows)
-    return filled
 
 
 class Tokenizer:
@@ -163,6 +105,14 @@ class Tokenizer:
         self.vocab_size = 1 + max((index for token, index in vocab.items() if token), default=-1)
         check_vocab(vocab)
         check_backend(self.backend)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike[str], **options: Any) -> "Tokenizer":
+        """Loads a folder's or a repository's tokenizer; see `bertjax.pretrained_text.load_tokenizer`."""
+        # Imported here because a tokenizer knows nothing of the Hub: `pretrained_text` imports this module.
+        from bertjax.pretrained_text import load_tokenizer
+
+        return load_tokenizer(path_or_hub_id, **options)
 
     @classmethod
     def from_folder(
@@ -291,6 +241,7 @@ class Tokenizer:
         *,
         max_length: int | None = None,
         truncation: Truncation = "longest_first",
+        return_alignment: bool = False,
         first_position: int = 0,
     ) -> Tokens:
         """Tokenize texts, or pairs of texts, and add the special tokens.
@@ -300,30 +251,81 @@ class Tokenizer:
             pairs: the second text of each pair, a list of n, or None.
             max_length: the most tokens in a row, special tokens included; None never truncates.
             truncation: which text of a pair is cut: token by token the longer one, only the first, or only the second.
+            return_alignment: give the `alignments`, too: which characters and words the tokens come from. Slower.
             first_position: what an error message calls the first text, for a caller that passes a stream by parts.
 
         Raises:
             InputError: `texts` or `pairs` is not a list of well-formed strings (the message gives the position),
                 `max_length` leaves no room for the special tokens, or the text that may be cut is too short.
         """
-        texts = _check_texts(texts, "texts", first_position)
-        inputs: list[Any] = texts
-        if pairs is not None:
-            pairs = _check_texts(pairs, "pairs", first_position)
-            if len(pairs) != len(texts):
-                raise InputError(f"{len(texts)} texts, but {len(pairs)} pairs: each text needs its second one")
-            inputs = list(zip(texts, pairs, strict=True))
+        texts, pairs = check_texts(texts, pairs, first_position)
+        inputs: list[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
         backend = self._truncating(max_length, truncation, pair=pairs is not None)
         try:
-            encodings = backend.encode_batch_fast(inputs)
+            encodings = backend.encode_batch(inputs) if return_alignment else backend.encode_batch_fast(inputs)
         except Exception as error:
-            _raise_for_input(backend, inputs, error, first_position)
+            raise_for_input(backend, inputs, error, first_position)
         return Tokens(
-            input_ids=[np.array(encoding.ids, np.int32) for encoding in encodings],
-            token_type_ids=[np.array(encoding.type_ids, np.int32) for encoding in encodings],
+            input_ids=int32_rows([encoding.ids for encoding in encodings]),
+            token_type_ids=int32_rows([encoding.type_ids for encoding in encodings]),
             truncated=np.array([bool(encoding.overflowing) for encoding in encodings], bool),
             pad_token_id=self.pad_token_id,
+            alignments=[align(encoding) for encoding in encodings] if return_alignment else None,
         )
+
+    def windows(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int,
+        stride: int,
+        first_position: int = 0,
+    ) -> tuple[Tokens, np.ndarray]:
+        """Tokenize texts of any length: one that is too long becomes several rows, each a window over it.
+
+        Of pairs, the windows go over the second text, and every row has the whole first. These are the rows of
+        transformers' `return_overflowing_tokens=True`, there with `truncation="only_second"` for pairs. Windows start
+        at the text's beginning whichever side this tokenizer truncates, as nothing is cut off.
+
+        Args:
+            texts: list of n texts.
+            pairs: the second text of each pair, a list of n, or None.
+            max_length: the most tokens in a row, special tokens included.
+            stride: how many tokens a window shares with the one before.
+            first_position: as in a call.
+
+        Returns:
+            The rows, with their `alignments`, and owners, int64 [rows]: the index of each row's text in `texts`. They
+            are in the order of the texts, and a text's windows in the order they have in it. None is `truncated`.
+
+        Raises:
+            InputError: `texts` or `pairs` is not a list of well-formed strings, or `max_length` and the first text of
+                a pair that is too long leave no room for more than `stride` tokens (the message gives the position).
+        """
+        texts, pairs = check_texts(texts, pairs, first_position)
+        room, stride = whole_number(max_length, "max_length"), whole_number(stride, "stride")
+        room -= self.num_special_tokens(pairs is not None)
+        if room <= stride:
+            raise InputError(
+                f"max_length={max_length} leaves {max(room, 0)} tokens besides the special ones, which is too few for "
+                f"windows that share stride={stride}; use a larger max_length or a smaller stride"
+            )
+        bare = _clone(self.backend)
+        bare.post_processor = None
+        windows = [
+            (owner, row, types)
+            for owner, parts in enumerate(encode_parts(bare, texts, pairs, first_position))
+            for row, types in cut_windows(self.backend, parts, room, stride, owner + first_position)
+        ]
+        tokens = Tokens(
+            input_ids=int32_rows([row.ids for _, row, _ in windows]),
+            token_type_ids=int32_rows([types for _, _, types in windows]),
+            truncated=np.zeros(len(windows), bool),
+            pad_token_id=self.pad_token_id,
+            alignments=[align(row) for _, row, _ in windows],
+        )
+        return tokens, np.array([owner for owner, _, _ in windows], np.int64)
 
     def _truncating(self, max_length: int | None, truncation: Truncation, pair: bool) -> tokenizers.Tokenizer:
         """A backend that truncates so; `self.backend` is shared between threads and stays as it is."""
@@ -333,7 +335,7 @@ class Tokenizer:
             raise InputError("truncation='only_second' cuts the second text of each pair, but there are no pairs")
         if max_length is None:
             return self.backend
-        max_length = _whole_number(max_length, "max_length")
+        max_length = whole_number(max_length, "max_length")
         if max_length < self.num_special_tokens(pair):
             raise InputError(f"max_length={max_length} is less than the {self.num_special_tokens(pair)} special tokens")
         backend = _clone(self.backend)
@@ -381,46 +383,17 @@ class Tokenizer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-            config = json.dumps(self._config(), indent=2, ensure_ascii=False)
-            (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+            config = config_to_save(
+                self.backend,
+                self._special_tokens,
+                model_max_length=self.model_max_length,
+                truncation_side=self._truncation_side,
+                clean_up_tokenization_spaces=self._clean_up,
+            )
+            text = json.dumps(config, indent=2, ensure_ascii=False)
+            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise SourceError(f"can't save the tokenizer to {folder}: {error}") from error
-
-    def _config(self) -> dict[str, Any]:
-        """The content of tokenizer_config.json."""
-        added = sorted(self.backend.get_added_tokens_decoder().items())
-        config: dict[str, Any] = {
-            # PreTrainedTokenizerFast runs tokenizer.json as it is; BertTokenizer (5.x) rebuilds the pipeline from the
-            # vocabulary and the flags, so it is named only where that gives this very pipeline.
-            "tokenizer_class": "BertTokenizer" if self._is_plain_bert() else "PreTrainedTokenizerFast",
-            # Where this key exists, transformers ignores special_tokens_map.json and added_tokens.json, which an
-            # earlier tokenizer may have left in the folder.
-            "added_tokens_decoder": {str(index): token.__getstate__() for index, token in added},
-            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
-            "clean_up_tokenization_spaces": self._clean_up,
-            "truncation_side": self._truncation_side,
-            **self._special_tokens,
-        }
-        if self.model_max_length is not None:
-            config["model_max_length"] = self.model_max_length
-        if isinstance(self.backend.normalizer, normalizers.BertNormalizer):
-            config |= normalizer_flags(self.backend.normalizer)
-        return config
-
-    def _is_plain_bert(self) -> bool:
-        """Whether `BertTokenizer` would rebuild this backend from its vocabulary, flags and added tokens."""
-        backend, named = self.backend, self._special_tokens
-        if not isinstance(backend.model, models.WordPiece):
-            return False
-        if not isinstance(backend.normalizer, normalizers.BertNormalizer):
-            return False
-        if named["unk_token"] is None or named["cls_token"] is None or named["sep_token"] is None:
-            return False
-        vocab = backend.get_vocab(with_added_tokens=False)
-        rebuilt = build_wordpiece(vocab, normalizer_flags(backend.normalizer), named["unk_token"])
-        rebuilt.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
-        rebuilt.post_processor = build_template(rebuilt, named["cls_token"], named["sep_token"])
-        return json.loads(rebuilt.to_str()) == json.loads(backend.to_str())
 
 
 def _clone(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -432,49 +405,3 @@ def _clone(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
             setattr(clone, part, value)
     clone.add_tokens([token for _, token in sorted(backend.get_added_tokens_decoder().items())])
     return clone
-
-
-# Input checks
-
-
-def _whole_number(value: Any, name: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if isinstance(value, bool) or number < 0:
-        raise InputError(f"{name} must be a whole number from 0, not {value!r}")
-    return number
-
-
-def _check_texts(texts: Any, name: str, first_position: int) -> list[str]:
-    if isinstance(texts, str):
-        raise InputError(f"{name} is one str: pass a list, [text]")
-    # Bytes and sets iterate, too, but over numbers and in no order; a mapping over its keys.
-    if isinstance(texts, (bytes, bytearray, Mapping, Set)) or not isinstance(texts, Iterable):
-        raise InputError(f"{name} must be a list of str, not {type(texts).__name__}")
-    texts = list(texts)
-    for position, text in enumerate(texts, first_position):
-        if not isinstance(text, str):
-            raise InputError(f"{name}[{position}] is {shorten(text)} of type {type(text).__name__}, not a str")
-    return texts
-
-
-def _raise_for_input(
-    backend: tokenizers.Tokenizer, inputs: list[Any], error: Exception, first_position: int
-) -> NoReturn:
-    """Say which input a failed batch failed on: the library doesn't."""
-    for position, item in enumerate(inputs, first_position):
-        for name, text in zip(("texts", "pairs"), item if isinstance(item, tuple) else (item,), strict=False):
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"{name}[{position}] has a lone surrogate, so is no text: {shorten(text)}") from error
-        try:
-            backend.encode_batch_fast([item])
-        except Exception as cause:
-            if "too short" in str(cause):
-                raise InputError(
-                    f"position {position}: max_length can't be met by cutting that one text of the pair; "
-                    "use a larger max_length, or truncation='longest_first'"
-                ) from cause
-            raise TokenizerError(f"position {position}: {cause}") from cause
-    raise TokenizerError(str(error)) from error
