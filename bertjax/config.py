@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bertjax import labels
 from bertjax.errors import ConfigError
 from bertjax.json_files import read_json
 
@@ -153,6 +154,40 @@ class BertConfig:
         if names is not None and count not in (None, len(names)):
             raise ConfigError(f"num_labels={count} but id2label names {len(names)} labels; correct one of the two")
         return len(names) if names is not None else count or 2
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of each of the `num_labels` labels, in order; LABEL_0, LABEL_1, ... where `extra` has no id2label.
+
+        Raises:
+            ConfigError: it does not name the labels 0, 1, 2, ... each once, or `num_labels` is unusable.
+        """
+        count, names = self.num_labels, self.extra.get("id2label")
+        return labels.placeholders(count) if names is None else labels.names_by_id(names)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The number of each label, by its name: the inverse of `id2label`, which alone says what a label means.
+
+        `extra`'s label2id is compared with it. Placeholders (LABEL_0, ...) that transformers left there when the labels
+        got their names are passed over, and names that it lacks are added.
+
+        Raises:
+            ConfigError: the two contradict each other, two labels have one name, or `id2label` is unusable.
+        """
+        return labels.ids_by_name(self.id2label, self.extra.get("label2id"))
+
+    @property
+    def problem_type(self) -> str | None:
+        """What a sequence classifier is trained for, one of `labels.PROBLEM_TYPES`; None leaves it to the labels.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        kind = self.extra.get("problem_type")
+        expected = f"expected null or one of {', '.join(labels.PROBLEM_TYPES)}"
+        _check("problem_type", kind, (lambda value: value is None or value in labels.PROBLEM_TYPES, expected))
+        return kind
 
     @property
     def classifier_dropout(self) -> float:

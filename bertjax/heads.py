@@ -1,251 +1,181 @@
-"""BERT with the heads it is pre-trained and fine-tuned with: the forward pass, up to the logits.
+"""BERT with the heads it is pre-trained and fine-tuned with: the forward pass, up to the logits and the loss.
 
-Every head is a dense layer on the encoder's output or on its pooler's, except that of the masked language model, which
-has a layer of its own before it and usually the word embeddings for a kernel (Devlin et al. 2018, arXiv:1810.04805,
-sections 3.1 and 4). Names and results are those of transformers. Dtypes are as in `BertModel`; logits are float32.
+A class for each task, with transformers' name and results. Dtypes are as in `BertModel`; logits and losses are float32.
 """
 
 import dataclasses
-import functools
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from bertjax.config import BertConfig
-from bertjax.errors import ConfigError
-from bertjax.inputs import check_inputs, flatten_choices
-from bertjax.layers import BertPredictionHead, DType, dropout, linear
-from bertjax.model import BertModel, BertOutput, check_dtype, encode, module_tree
+from bertjax.errors import InputError
+from bertjax.inputs import check_labels, check_span_ends, check_targets, flatten_choices, is_integer
+from bertjax.losses import binary_cross_entropy, cross_entropy, mean_squared_error, problem_type, span_loss
+from bertjax.model import BertOutput
+from bertjax.task_model import (
+    HEADS,
+    BertWithHeads,
+    LogitsOutput,
+    PreTrainingOutput,
+    QuestionAnsweringOutput,
+    Shape,
+    TaskModel,
+)
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-#: What a `BertWithHeads` can have besides the encoder.
-HEADS = ("predictions", "seq_relationship", "classifier", "qa_outputs")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _HeadOutput:
-    """What every model with heads returns besides logits; a pytree. Everything is float32.
-
-    Attributes:
-        hidden_states: as in `BertOutput`; for multiple choice, every choice is a row of the batch.
-        attentions: likewise.
-    """
-
-    hidden_states: jax.Array | None = None
-    attentions: jax.Array | None = None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitsOutput(_HeadOutput):
-    """The output of a model with one head; float32 `logits`, whose shape the model says."""
-
-    logits: jax.Array
+__all__ = [
+    "HEADS",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertWithHeads",
+    "LogitsOutput",
+    "PreTrainingOutput",
+    "QuestionAnsweringOutput",
+]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PreTrainingOutput(_HeadOutput):
-    """The output of `BertForPreTraining`; float32.
-
-    Attributes:
-        prediction_logits: [batch, length, vocab].
-        seq_relationship_logits: [batch, 2]; class 0 says that the second text follows the first.
-    """
-
-    prediction_logits: jax.Array
-    seq_relationship_logits: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuestionAnsweringOutput(_HeadOutput):
-    """The output of `BertForQuestionAnswering`; float32.
-
-    Attributes:
-        start_logits: [batch, length], for the answer's first token.
-        end_logits: [batch, length], for its last.
-    """
-
-    start_logits: jax.Array
-    end_logits: jax.Array
-
-
-class BertWithHeads(nnx.Module):
-    """BERT's encoder and any of its heads: the parameters. What is computed with them is up to the subclass.
-
-    Args:
-        config: sizes and constants.
-        heads: names out of `HEADS`.
-        add_pooling_layer: whether the encoder has a pooler.
-        tied: whether "predictions" uses the word embeddings for a kernel instead of having its own.
-        num_labels: width of "classifier"; default: `config.num_labels`.
-        dtype, param_dtype, remat, unroll, rngs: see `BertModel`.
-
-    Raises:
-        ConfigError: there is no such head, or an option is not usable.
-    """
-
-    def __init__(
-        self,
-        config: BertConfig,
-        heads: Collection[str],
-        *,
-        add_pooling_layer: bool,
-        tied: bool = True,
-        num_labels: int | None = None,
-        dtype: DType = jnp.float32,
-        param_dtype: DType = jnp.float32,
-        remat: bool = False,
-        unroll: int | bool = 1,
-        rngs: nnx.Rngs,
-    ):
-        unknown = sorted(set(heads) - set(HEADS))
-        if unknown:
-            raise ConfigError(f"unknown head(s) {', '.join(map(repr, unknown))}; expected {', '.join(HEADS)}")
-        if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
-            raise ConfigError(f"num_labels is {num_labels!r}, expected a positive integer")
-        dtypes = {"dtype": check_dtype("dtype", dtype), "param_dtype": check_dtype("param_dtype", param_dtype)}
-        options = dtypes | {"rngs": rngs}
-        dense = functools.partial(linear, config.hidden_size, initializer_range=config.initializer_range, **options)
-        self.config = config
-        self.bert = BertModel(config, add_pooling_layer=add_pooling_layer, remat=remat, unroll=unroll, **options)
-        self.predictions = BertPredictionHead(config, tied=tied, **options) if "predictions" in heads else None
-        self.seq_relationship = dense(2) if "seq_relationship" in heads else None
-        self.classifier = dense(num_labels or config.num_labels) if "classifier" in heads else None
-        self.classifier_dropout = config.classifier_dropout if "classifier" in heads else None
-        self.qa_outputs = dense(2) if "qa_outputs" in heads else None
-        # As in `BertModel`: how the checkpoint spelt its names.
-        self.layout = None
-
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id: "str | Path", **options: Any) -> Self:
-        """Loads a checkpoint; see `bertjax.pretrained.from_pretrained` for the options and the errors."""
-        from bertjax.pretrained import from_pretrained  # not at the top, for the reason given in `BertModel`
-
-        return from_pretrained(path_or_hub_id, cls, **options)
-
-    def save_pretrained(self, folder: "str | Path", **options: Any) -> None:
-        """Writes a Hugging Face folder; see `bertjax.pretrained.save_pretrained` for the options and the errors."""
-        from bertjax.pretrained import save_pretrained
-
-        save_pretrained(self, folder, **options)
-
-    def __str__(self) -> str:
-        return module_tree(self)
-
-
-class _TaskModel(BertWithHeads):
-    """A BERT for one task: the class fixes the heads, the configuration says the rest (labels, tying).
-
-    Calling one compiles it, once per shape; inside a caller's own `jit` the call is simply traced. The options are
-    `BertModel`'s dtype, param_dtype, remat and unroll.
-    """
-
-    heads: ClassVar[tuple[str, ...]]
-    pooled: ClassVar[bool] = False
-    labels: ClassVar[int | None] = None  # width of the classifier; None leaves it to the configuration
-
-    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, **options: Any):
-        fixed = {"add_pooling_layer": self.pooled, "tied": config.tie_word_embeddings, "num_labels": self.labels}
-        super().__init__(config, self.heads, rngs=rngs, **fixed, **options)
-
-    def __call__(
-        self,
-        input_ids: Any,
-        attention_mask: Any = None,
-        token_type_ids: Any = None,
-        position_ids: Any = None,
-        segment_ids: Any = None,
-        *,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        dropout_key: jax.Array | None = None,
-    ) -> Any:
-        """Computes the logits of a batch.
-
-        Arguments and errors are those of `BertModel`; the class says which output it returns and what is in it.
-        """
-        inputs = check_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, segment_ids)
-        return _compiled_logits(self, inputs, dropout_key, output_hidden_states, output_attentions)
-
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> Any:
-        """Maps the encoder's output to the model's, its hidden states and attentions left out."""
-        raise NotImplementedError
-
-    def _predict(self, hidden: jax.Array) -> jax.Array:
-        """Maps float32 [batch, length, hidden] to logits [batch, length, vocab]."""
-        return self.predictions(hidden, self.bert.embeddings.word_embeddings.embedding[...])
-
-    def _classify(self, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-        """Maps float32 [..., hidden] to logits [..., labels]."""
-        return self.classifier(dropout(x, self.classifier_dropout, dropout_key))
-
-
-def _logits(
-    model: _TaskModel,
-    inputs: dict[str, jax.Array | None],
-    dropout_key: jax.Array | None,
-    output_hidden_states: bool,
-    output_attentions: bool,
-) -> Any:
-    encoder_key, head_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    encoded = encode(model.bert, inputs, encoder_key, output_hidden_states, output_attentions)
-    output = model._read(encoded, head_key)
-    return dataclasses.replace(output, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
-
-
-_compiled_logits = jax.jit(_logits, static_argnames=("output_hidden_states", "output_attentions"))
-
-
-class BertForPreTraining(_TaskModel):
+class BertForPreTraining(TaskModel):
     """Masked-LM and next-sentence heads; returns a `PreTrainingOutput`."""
 
     heads = ("predictions", "seq_relationship")
     pooled = True
+    text_labels = "next_sentence_label"
 
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> PreTrainingOutput:
-        return PreTrainingOutput(
-            prediction_logits=self._predict(encoded.last_hidden_state),
-            seq_relationship_logits=self.seq_relationship(encoded.pooler_output),
-        )
+    def __call__(
+        self,
+        *inputs: Any,
+        labels: Any = None,
+        next_sentence_label: Any = None,
+        max_predictions: int | None = None,
+        **options: Any,
+    ) -> PreTrainingOutput:
+        """Computes the logits of a batch and, with labels, the loss.
+
+        Args:
+            *inputs: as in `BertModel`.
+            labels: as in `BertForMaskedLM`.
+            next_sentence_label: as `labels` in `BertForNextSentencePrediction`.
+            max_predictions: as in `BertForMaskedLM`.
+            **options: as in `BertModel`.
+
+        Returns:
+            A `PreTrainingOutput`. Its loss is the sum of the two heads', or of the one that has labels;
+            transformers has none then.
+
+        Raises:
+            InputError: an input is not usable.
+        """
+        targets = {"labels": labels, "next_sentence_label": next_sentence_label}
+        return self._compute(targets, max_predictions, *inputs, **options)
+
+    def _check_targets(self, targets: dict[str, Any], tokens: Shape, texts: Shape) -> dict[str, jax.Array]:
+        expected = {"labels": (tokens, self.config.vocab_size), "next_sentence_label": (texts, 2)}
+        return {name: check_labels(name, value, *expected[name]) for name, value in targets.items()}
+
+    def _read(
+        self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None
+    ) -> PreTrainingOutput:
+        prediction = self._predict(encoded.last_hidden_state)
+        relationship = self.seq_relationship(encoded.pooler_output)
+        logits = {"labels": prediction, "next_sentence_label": relationship}
+        loss = sum(cross_entropy(logits[name], labels) for name, labels in targets.items()) if targets else None
+        return PreTrainingOutput(loss=loss, prediction_logits=prediction, seq_relationship_logits=relationship)
 
 
-class BertForMaskedLM(_TaskModel):
+class BertForMaskedLM(TaskModel):
     """Masked-LM head; returns a `LogitsOutput` with logits [batch, length, vocab]."""
 
     heads = ("predictions",)
 
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> LogitsOutput:
-        return LogitsOutput(logits=self._predict(encoded.last_hidden_state))
+    def __call__(
+        self, *inputs: Any, labels: Any = None, max_predictions: int | None = None, **options: Any
+    ) -> LogitsOutput:
+        """Computes the logits of a batch and, with labels, the loss.
+
+        Args:
+            *inputs: as in `BertModel`.
+            labels: int [batch, length], token ids; -100 where there is nothing to predict.
+            max_predictions: with `labels`, and part of what is compiled: how many positions of the batch have a label
+                at most. Then only these are compared with every word, and logits are [max_predictions, vocab]: those
+                of the labelled positions, row by row, then padding. Inside a caller's `jit`, the loss of a batch that
+                has more is NaN.
+            **options: as in `BertModel`.
+
+        Raises:
+            InputError: an input is not usable, or there are more labels than `max_predictions`.
+        """
+        return self._compute({"labels": labels}, max_predictions, *inputs, **options)
+
+    def _check_targets(self, targets: dict[str, Any], tokens: Shape, texts: Shape) -> dict[str, jax.Array]:
+        return {"labels": check_labels("labels", targets["labels"], tokens, self.config.vocab_size)}
+
+    def _read(self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None) -> LogitsOutput:
+        return _classified(self._predict(encoded.last_hidden_state), targets)
 
 
-class BertForNextSentencePrediction(_TaskModel):
-    """Next-sentence head; returns a `LogitsOutput` with logits [batch, 2], class 0 for a text that does follow."""
+class BertForNextSentencePrediction(TaskModel):
+    """Next-sentence head; returns a `LogitsOutput` with logits [batch, 2], class 0 for a text that does follow.
+
+    With `max_segments` they are [batch, max_segments, 2]. Labels are int [batch] or [batch, max_segments], 0, 1 or, for
+    what is not scored, as a segment that a row does not have, -100.
+    """
 
     heads = ("seq_relationship",)
     pooled = True
+    text_labels = "labels"
 
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> LogitsOutput:
-        return LogitsOutput(logits=self.seq_relationship(encoded.pooler_output))
+    def _check_targets(self, targets: dict[str, Any], tokens: Shape, texts: Shape) -> dict[str, jax.Array]:
+        return {"labels": check_labels("labels", targets["labels"], texts, 2)}
+
+    def _read(self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None) -> LogitsOutput:
+        return _classified(self.seq_relationship(encoded.pooler_output), targets)
 
 
-class BertForSequenceClassification(_TaskModel):
-    """A classifier of whole rows; returns a `LogitsOutput` with logits [batch, `config.num_labels`]."""
+class BertForSequenceClassification(TaskModel):
+    """A classifier of whole rows; returns a `LogitsOutput` with logits [batch, `config.num_labels`].
+
+    With `max_segments` they are [batch, max_segments, `config.num_labels`]. What the labels are depends on the
+    problem, which `losses.problem_type` tells:
+
+    - single_label_classification: int [batch] or [batch, max_segments], -100 for what is not scored.
+    - multi_label_classification: [batch, `config.num_labels`], from 0 to 1.
+    - regression: finite numbers [batch, `config.num_labels`], or [batch] if there is one label.
+
+    The last two have no labels for segments.
+    """
 
     heads = ("classifier",)
     pooled = True
+    text_labels = "labels"
 
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> LogitsOutput:
-        return LogitsOutput(logits=self._classify(encoded.pooler_output, dropout_key))
+    def _check_targets(self, targets: dict[str, Any], tokens: Shape, texts: Shape) -> dict[str, jax.Array]:
+        labels, width = targets["labels"], self.classifier.out_features
+        # The problem is what the labels are called from here on: models that differ in it alone are equal to `jit`.
+        problem = problem_type(self.config, width, is_integer(labels))
+        if problem == "single_label_classification":
+            return {problem: check_labels("labels", labels, texts, width)}
+        if len(texts) > 1:
+            raise InputError(f"labels for segments are classes, and the problem is {problem}; leave out max_segments")
+        multi_label = problem == "multi_label_classification"
+        shape = texts if width == 1 and not multi_label else (*texts, width)
+        return {problem: check_targets("labels", labels, shape, probabilities=multi_label)}
+
+    def _read(self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None) -> LogitsOutput:
+        logits = self._classify(encoded.pooler_output, dropout_key)
+        if not targets:
+            return LogitsOutput(logits=logits)
+        [(problem, labels)] = targets.items()
+        if problem == "single_label_classification":
+            return LogitsOutput(logits=logits, loss=cross_entropy(logits, labels))
+        loss = mean_squared_error if problem == "regression" else binary_cross_entropy
+        return LogitsOutput(logits=logits, loss=loss(logits.reshape(labels.shape), labels))
 
 
-class BertForMultipleChoice(_TaskModel):
+class BertForMultipleChoice(TaskModel):
     """A score for each of several texts; returns a `LogitsOutput` with logits [batch, choices].
 
     Every input is [batch, choices, length]. Errors count rows over the choices of all examples.
@@ -257,42 +187,97 @@ class BertForMultipleChoice(_TaskModel):
 
     def __call__(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         token_type_ids: Any = None,
         position_ids: Any = None,
         segment_ids: Any = None,
+        *,
+        inputs_embeds: Any = None,
+        labels: Any = None,
+        max_segments: None = None,
         **options: Any,
     ) -> LogitsOutput:
-        """Computes the logits of a batch, as in the other models but for the inputs' extra axis."""
+        """Computes the logits of a batch, as in the other models but for the inputs' extra axis.
+
+        `inputs_embeds` are [batch, choices, length, hidden]. `labels` are int [batch], the right choice or, for what is
+        not scored, -100. There is no `max_segments`: every choice is a row of its own.
+        """
+        if max_segments is not None:
+            raise InputError("max_segments is not for multiple choice, where every choice is a row of its own")
         (batch, choices), rows = flatten_choices(
-            input_ids=input_ids,
+            input_ids,
+            inputs_embeds,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             segment_ids=segment_ids,
         )
-        output = super().__call__(**rows, **options)
-        return dataclasses.replace(output, logits=output.logits.reshape(batch, choices))
+        labels = check_labels("labels", labels, (batch,), choices)
+        output = self._compute({}, None, **rows, **options)
+        logits = output.logits.reshape(batch, choices)
+        loss = None if labels is None else _compiled_cross_entropy(logits, labels)
+        return dataclasses.replace(output, logits=logits, loss=loss)
 
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> LogitsOutput:
+    def _read(self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None) -> LogitsOutput:
         return LogitsOutput(logits=self._classify(encoded.pooler_output, dropout_key))
 
 
-class BertForTokenClassification(_TaskModel):
-    """A classifier of tokens; returns a `LogitsOutput` with logits [batch, length, `config.num_labels`]."""
+_compiled_cross_entropy = jax.jit(cross_entropy)
+
+
+class BertForTokenClassification(TaskModel):
+    """A classifier of tokens; returns a `LogitsOutput` with logits [batch, length, `config.num_labels`].
+
+    Labels are int [batch, length], -100 for what is not scored.
+    """
 
     heads = ("classifier",)
 
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> LogitsOutput:
-        return LogitsOutput(logits=self._classify(encoded.last_hidden_state, dropout_key))
+    def _check_targets(self, targets: dict[str, Any], tokens: Shape, texts: Shape) -> dict[str, jax.Array]:
+        return {"labels": check_labels("labels", targets["labels"], tokens, self.classifier.out_features)}
+
+    def _read(self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None) -> LogitsOutput:
+        return _classified(self._classify(encoded.last_hidden_state, dropout_key), targets)
 
 
-class BertForQuestionAnswering(_TaskModel):
+class BertForQuestionAnswering(TaskModel):
     """Finds a span, the answer, in a row; returns a `QuestionAnsweringOutput`."""
 
     heads = ("qa_outputs",)
 
-    def _read(self, encoded: BertOutput, dropout_key: jax.Array | None) -> QuestionAnsweringOutput:
+    def __call__(
+        self, *inputs: Any, start_positions: Any = None, end_positions: Any = None, **options: Any
+    ) -> QuestionAnsweringOutput:
+        """Computes the logits of a batch and, with positions, the loss.
+
+        Args:
+            *inputs: as in `BertModel`.
+            start_positions: int [batch], the index of the answer's first token. As in transformers, one below 0 counts
+                as 0, and one that is not in the row is not scored.
+            end_positions: int [batch], that of its last token, likewise; both are given, or neither.
+            **options: as in `BertModel`.
+
+        Raises:
+            InputError: an input is not usable.
+        """
+        targets = {"start_positions": start_positions, "end_positions": end_positions}
+        return self._compute(targets, None, *inputs, **options)
+
+    def _check_targets(self, targets: dict[str, Any], tokens: Shape, texts: Shape) -> dict[str, jax.Array]:
+        if len(targets) < 2:
+            raise InputError("start_positions and end_positions go together: pass both or neither")
+        return {name: check_span_ends(name, value, texts) for name, value in targets.items()}
+
+    def _read(
+        self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None
+    ) -> QuestionAnsweringOutput:
         logits = self.qa_outputs(encoded.last_hidden_state)
-        return QuestionAnsweringOutput(start_logits=logits[..., 0], end_logits=logits[..., 1])
+        start, end = logits[..., 0], logits[..., 1]
+        loss = span_loss(start, end, **targets) if targets else None
+        return QuestionAnsweringOutput(loss=loss, start_logits=start, end_logits=end)
+
+
+def _classified(logits: jax.Array, targets: dict[str, jax.Array]) -> LogitsOutput:
+    """The output of a head that puts things into classes."""
+    return LogitsOutput(logits=logits, loss=cross_entropy(logits, targets["labels"]) if targets else None)

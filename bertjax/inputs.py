@@ -5,7 +5,7 @@ the position of the first offender. Inside a caller's own `jit`, `grad` or `vmap
 and dtypes are checked, and values are the caller's business.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from bertjax.config import BertConfig
 from bertjax.errors import InputError
+from bertjax.losses import IGNORED
 
 
 def check_inputs(
@@ -22,6 +23,9 @@ def check_inputs(
     token_type_ids: Any = None,
     position_ids: Any = None,
     segment_ids: Any = None,
+    *,
+    inputs_embeds: Any = None,
+    head_mask: Any = None,
 ) -> dict[str, jax.Array | None]:
     """Checks the inputs of a BERT encoder and returns them as arrays.
 
@@ -33,45 +37,133 @@ def check_inputs(
         position_ids: int [batch, length]. Relative positions are distances in the row, so there the ids of a text can
             only count up one by one, which leaves them without effect.
         segment_ids: int [batch, length]; tokens attend only to tokens of their own segment. 0 marks padding.
+        inputs_embeds: float [batch, length, hidden], in the place of `input_ids`; its values are not looked at.
+        head_mask: finite float, int or bool [heads] or [layers, heads].
 
     Returns:
-        The same names; what was not given is None. Ids are int32, the mask is bool.
+        The same names; what was not given is None. Ids are int32, the attention mask is bool, the embeddings are
+        float32, and the head mask is float32 [layers, heads].
 
     Raises:
         InputError: a rank, shape, dtype or value is not usable; says which, and at which position.
     """
-    ids = _as_array("input_ids", input_ids)
-    if ids.ndim != 2:
-        hint = "; add the batch axis with input_ids[None]" if ids.ndim == 1 else ""
-        raise InputError(f"input_ids has shape {ids.shape}, expected [batch, length]{hint}")
-    if ids.shape[1] == 0:
-        raise InputError(f"input_ids has shape {ids.shape}: there are no tokens")
-    if position_ids is None and segment_ids is None and ids.shape[1] > config.max_position_embeddings:
+    tokens = _check_tokens(config, input_ids, inputs_embeds)
+    if position_ids is None and segment_ids is None and tokens.shape[1] > config.max_position_embeddings:
         raise InputError(
-            f"input_ids is {ids.shape[1]} tokens long, the model has {config.max_position_embeddings} positions; "
-            "truncate the text or split it"
+            f"{tokens.name} is {tokens.shape[1]} tokens long, the model has {config.max_position_embeddings} "
+            "positions; truncate the text or split it"
         )
     if position_ids is None and segment_ids is not None:
         _check_segment_lengths(_as_array("segment_ids", segment_ids), config.max_position_embeddings)
-    mask = None if attention_mask is None else _check_mask(attention_mask, ids.shape)
+    mask = None if attention_mask is None else _check_mask(attention_mask, tokens)
     inputs = {
-        "input_ids": _check_ids("input_ids", ids, ids.shape, config.vocab_size),
+        "input_ids": _check_ids("input_ids", input_ids, tokens, config.vocab_size),
+        "inputs_embeds": None if inputs_embeds is None else jnp.asarray(inputs_embeds, jnp.float32),
         "attention_mask": mask,
-        "token_type_ids": _check_ids("token_type_ids", token_type_ids, ids.shape, config.type_vocab_size),
-        "position_ids": _check_ids("position_ids", position_ids, ids.shape, config.max_position_embeddings),
-        "segment_ids": _check_ids("segment_ids", segment_ids, ids.shape, np.iinfo(np.int32).max),
+        "token_type_ids": _check_ids("token_type_ids", token_type_ids, tokens, config.type_vocab_size),
+        "position_ids": _check_ids("position_ids", position_ids, tokens, config.max_position_embeddings),
+        "segment_ids": _check_ids("segment_ids", segment_ids, tokens, np.iinfo(np.int32).max),
+        "head_mask": None if head_mask is None else _check_head_mask(head_mask, config),
     }
     if config.position_embedding_type != "absolute":
         _check_positions_count(inputs["position_ids"], mask, inputs["segment_ids"])
     return inputs
 
 
-def flatten_choices(input_ids: Any, **others: Any) -> tuple[tuple[int, int], dict[str, Any]]:
+def check_labels(name: str, value: Any, shape: tuple[int, ...], classes: int) -> jax.Array | None:
+    """Checks labels that name a class, -100 where there is none to learn, and returns them as int32.
+
+    Raises:
+        InputError: the shape, the dtype or a value is not usable; says which, and at which position.
+    """
+    if value is None:
+        return None
+    labels = _check_integers(name, value, shape)
+    if _has_values(labels):
+        host = np.asarray(labels)
+        bad = ((host < 0) | (host >= classes)) & (host != IGNORED)
+        _refuse_first(name, host, bad, f"neither {IGNORED} nor inside 0..{classes - 1}")
+    return jnp.asarray(labels, jnp.int32)
+
+
+def check_targets(name: str, value: Any, shape: tuple[int, ...], *, probabilities: bool) -> jax.Array:
+    """Checks labels that are numbers, from 0 to 1 for `probabilities`, else any finite ones; returns float32.
+
+    Raises:
+        InputError: the shape, the dtype or a value is not usable; says which, and at which position.
+    """
+    array = _check_numbers(name, value, (shape,))
+    if _has_values(array):
+        host = np.asarray(array, np.float32)
+        usable = (host >= 0) & (host <= 1) if probabilities else np.isfinite(host)
+        _refuse_first(name, host, ~usable, "outside 0..1" if probabilities else "not finite")
+    return jnp.asarray(array, jnp.float32)
+
+
+def check_span_ends(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Checks positions of a span's first or last tokens, any int32, and returns them as such.
+
+    Raises:
+        InputError: the shape, the dtype or a value is not usable; says which, and at which position.
+    """
+    positions = _check_integers(name, value, shape)
+    if _has_values(positions):
+        host, limits = np.asarray(positions), np.iinfo(np.int32)
+        _refuse_first(name, host, (host < limits.min) | (host > limits.max), "which is no int32")
+    return jnp.asarray(positions, jnp.int32)
+
+
+def check_label_count(labels: Any, max_predictions: int) -> None:
+    """Checks that there are labels, which `check_labels` has passed, and no more to learn than `max_predictions`.
+
+    Raises:
+        InputError: that is not so, or `max_predictions` is no positive integer.
+    """
+    check_count("max_predictions", max_predictions)
+    if labels is None:
+        raise InputError("max_predictions is how many labels there are at most; pass labels with it")
+    labels = _as_array("labels", labels)
+    if _has_values(labels):
+        count = int((np.asarray(labels) != IGNORED).sum())
+        if count > max_predictions:
+            raise InputError(
+                f"labels has {count} positions to predict, max_predictions is {max_predictions}; raise it, or set "
+                f"labels to {IGNORED}"
+            )
+
+
+def check_labelled_segments(name: str, labels: Any, segment_ids: Any) -> None:
+    """Checks that only segments which a row has have a label; both have passed their own checks.
+
+    Raises:
+        InputError: another one has; says which.
+    """
+    labels, segment_ids = _as_array(name, labels), _as_array("segment_ids", segment_ids)
+    if _has_values(labels) and _has_values(segment_ids):
+        host = np.asarray(labels)
+        numbers = np.arange(1, host.shape[1] + 1)
+        present = (np.asarray(segment_ids)[:, None, :] == numbers[:, None]).any(-1)
+        _refuse_first(name, host, (host != IGNORED) & ~present, f"but the row has no such segment; set it to {IGNORED}")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether an input's dtype is one of integers."""
+    return bool(jnp.issubdtype(_as_array("labels", value).dtype, jnp.integer))
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuses what is not a positive integer, with an InputError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"{name} is {value!r}, expected a positive integer")
+
+
+def flatten_choices(input_ids: Any, inputs_embeds: Any = None, **others: Any) -> tuple[tuple[int, int], dict[str, Any]]:
     """Makes a row of every choice of a multiple-choice batch.
 
     Args:
-        input_ids: int [batch, choices, length].
-        **others: other inputs by name, each of the same shape or None.
+        input_ids: int [batch, choices, length], or None.
+        inputs_embeds: float [batch, choices, length, hidden], or None.
+        **others: other inputs by name, each [batch, choices, length] or None.
 
     Returns:
         The batch size and the number of choices, and the inputs as [batch * choices, length].
@@ -79,16 +171,53 @@ def flatten_choices(input_ids: Any, **others: Any) -> tuple[tuple[int, int], dic
     Raises:
         InputError: a rank or a shape is not usable.
     """
-    ids = _as_array("input_ids", input_ids)
-    if ids.ndim != 3:
-        raise InputError(f"input_ids has shape {ids.shape}, expected [batch, choices, length]")
-    given = {name: _as_array(name, value) for name, value in others.items() if value is not None}
-    for name, array in given.items():
+    name, value, axes = _only_one(input_ids, inputs_embeds)
+    axes = ("batch", "choices", *axes[1:])
+    array = _as_array(name, value)
+    if array.ndim != len(axes):
+        raise InputError(f"{name} has shape {array.shape}, expected [{', '.join(axes)}]")
+    tokens = _Tokens(name, array.shape[:3])
+    given = {other: _as_array(other, value) for other, value in others.items() if value is not None}
+    for other, array_ in given.items():
         # before the axes are merged: after it, [2, 3, length] and [3, 2, length] would pass for equal
-        _same_shape(name, array, ids.shape)
-    batch, choices, length = ids.shape
-    rows = {name: array.reshape(batch * choices, length) for name, array in {"input_ids": ids, **given}.items()}
-    return (batch, choices), rows
+        _same_shape(other, array_, tokens)
+    batch, choices = array.shape[:2]
+    given[name] = array
+    rows = {other: array_.reshape(batch * choices, *array_.shape[2:]) for other, array_ in given.items()}
+    return (batch, choices), {"input_ids": None, **rows}
+
+
+class _Tokens(NamedTuple):
+    """What the other inputs must agree with: the input that holds the tokens, and their shape [batch, length]."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def _only_one(input_ids: Any, inputs_embeds: Any) -> tuple[str, Any, tuple[str, ...]]:
+    """The input that holds the tokens: its name, itself and its axes."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise InputError("pass either input_ids or inputs_embeds, one of the two")
+    if inputs_embeds is None:
+        return "input_ids", input_ids, ("batch", "length")
+    return "inputs_embeds", inputs_embeds, ("batch", "length", "hidden")
+
+
+def _check_tokens(config: BertConfig, input_ids: Any, inputs_embeds: Any) -> _Tokens:
+    """Checks rank and shape of the ids or the embeddings; the ids' values are checked with those of the others."""
+    name, value, axes = _only_one(input_ids, inputs_embeds)
+    array = _as_array(name, value)
+    if array.ndim != len(axes):
+        hint = f"; add the batch axis with {name}[None]" if array.ndim == len(axes) - 1 else ""
+        raise InputError(f"{name} has shape {array.shape}, expected [{', '.join(axes)}]{hint}")
+    if array.shape[1] == 0:
+        raise InputError(f"{name} has shape {array.shape}: there are no tokens")
+    if inputs_embeds is not None:
+        if array.shape[2] != config.hidden_size:
+            raise InputError(f"{name} has shape {array.shape}, the model's hidden size is {config.hidden_size}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"{name} has dtype {array.dtype}, expected floats")
+    return _Tokens(name, array.shape[:2])
 
 
 def _as_array(name: str, value: Any) -> Any:
@@ -101,27 +230,27 @@ def _as_array(name: str, value: Any) -> Any:
         raise InputError(f"{name} is ragged; pad its rows to one length") from None
 
 
-def _same_shape(name: str, array: Any, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}, input_ids has {shape}; they must be equal")
+def _same_shape(name: str, array: Any, tokens: _Tokens) -> None:
+    if array.shape != tokens.shape:
+        aside = "" if tokens.name == "input_ids" else " without its last axis"
+        raise InputError(f"{name} has shape {array.shape}, {tokens.name}{aside} has {tokens.shape}; they must be equal")
 
 
-def _check_ids(name: str, value: Any, shape: tuple[int, ...], limit: int) -> jax.Array | None:
+def _check_ids(name: str, value: Any, tokens: _Tokens, limit: int) -> jax.Array | None:
     if value is None:
         return None
     array = _as_array(name, value)
-    _same_shape(name, array, shape)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise InputError(f"{name} has dtype {array.dtype}, expected integers")
+    _same_shape(name, array, tokens)
+    _refuse_other_than_integers(name, array)
     if _has_values(array):
         host = np.asarray(array)
         _refuse_first(name, host, (host < 0) | (host >= limit), f"outside 0..{limit - 1}")
     return jnp.asarray(array, jnp.int32)
 
 
-def _check_mask(value: Any, shape: tuple[int, ...]) -> jax.Array:
+def _check_mask(value: Any, tokens: _Tokens) -> jax.Array:
     mask = _as_array("attention_mask", value)
-    _same_shape("attention_mask", mask, shape)
+    _same_shape("attention_mask", mask, tokens)
     if isinstance(mask, jax.core.Tracer) and jnp.issubdtype(mask.dtype, jnp.floating):
         # It may be one to be added to the scores, 0 where a token is seen: the opposite of what is meant here.
         raise InputError(f"attention_mask has dtype {mask.dtype}; inside jit pass 0/1 as bool or as integers")
@@ -132,6 +261,38 @@ def _check_mask(value: Any, shape: tuple[int, ...]) -> jax.Array:
         if empty.any():
             raise InputError(f"attention_mask row {int(empty.argmax())} is all padding; leave such rows out")
     return jnp.asarray(mask, bool)
+
+
+def _check_head_mask(value: Any, config: BertConfig) -> jax.Array:
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    mask = _check_numbers("head_mask", value, ((heads,), (layers, heads)))
+    if _has_values(mask):
+        host = np.asarray(mask, np.float32)
+        _refuse_first("head_mask", host, ~np.isfinite(host), "not finite")
+    return jnp.broadcast_to(jnp.asarray(mask, jnp.float32), (layers, heads))
+
+
+def _check_numbers(name: str, value: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    """An array of one of the shapes, of floats, integers or booleans."""
+    array = _as_array(name, value)
+    if array.shape not in shapes:
+        raise InputError(f"{name} has shape {array.shape}, expected {' or '.join(map(str, shapes))}")
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise InputError(f"{name} has dtype {array.dtype}, expected numbers")
+    return array
+
+
+def _check_integers(name: str, value: Any, shape: tuple[int, ...]) -> Any:
+    array = _as_array(name, value)
+    if array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}, expected {shape}")
+    _refuse_other_than_integers(name, array)
+    return array
+
+
+def _refuse_other_than_integers(name: str, array: Any) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise InputError(f"{name} has dtype {array.dtype}, expected integers")
 
 
 def _has_values(array: Any) -> bool:
@@ -173,5 +334,5 @@ def _check_positions_count(positions: jax.Array | None, mask: jax.Array | None, 
 
 def _refuse_first(name: str, host: np.ndarray, bad: np.ndarray, why: str) -> None:
     if bad.any():
-        row, column = (int(i) for i in np.argwhere(bad)[0])
-        raise InputError(f"{name}[{row}, {column}] is {host[row, column]}, {why}")
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise InputError(f"{name}{list(place)} is {host[place]}, {why}")

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bertjax.attention import attend, matmul_precision, relative_bias
@@ -156,24 +157,37 @@ class BertEmbeddings(nnx.Module):
         self.position_embeddings = table(config.max_position_embeddings)
         self.token_type_embeddings = table(config.type_vocab_size)
         self.layer_norm = layer_norm(config, param_dtype, rngs)
+        self.pad_token_id = config.pad_token_id
         self.adds_positions = config.position_embedding_type == "absolute"
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(
         self,
-        input_ids: jax.Array,
+        input_ids: jax.Array | None,
         token_type_ids: jax.Array,
         position_ids: jax.Array,
         dropout_key: jax.Array | None = None,
+        *,
+        inputs_embeds: jax.Array | None = None,
     ) -> jax.Array:
-        """Maps ids, each int [batch, length], to float32 [batch, length, hidden]."""
+        """Maps ids, each int [batch, length], to float32 [batch, length, hidden].
+
+        `inputs_embeds`, float32 [batch, length, hidden], stands in for the word embeddings of `input_ids`.
+        """
         # Rows are cast after they are looked up: casting the tables would touch every row of the vocabulary.
-        words = _look_up(self.word_embeddings, input_ids).astype(jnp.float32)
+        words = self._words(input_ids) if inputs_embeds is None else inputs_embeds
         types = _look_up(self.token_type_embeddings, token_type_ids).astype(jnp.float32)
         total = words + types
         if self.adds_positions:
             total = total + _look_up(self.position_embeddings, position_ids).astype(jnp.float32)
         return dropout(self.layer_norm(total), self.dropout_rate, dropout_key)
+
+    def _words(self, input_ids: jax.Array) -> jax.Array:
+        words = _look_up(self.word_embeddings, input_ids).astype(jnp.float32)
+        if self.pad_token_id is None:
+            return words
+        # As in the reference, no token of padding teaches its embedding anything, not even where it is scored.
+        return jnp.where((input_ids == self.pad_token_id)[..., None], lax.stop_gradient(words), words)
 
 
 class BertSelfAttention(nnx.Module):
@@ -199,9 +213,17 @@ class BertSelfAttention(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array, dropout_key: jax.Array | None, return_weights: bool
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        dropout_key: jax.Array | None,
+        return_weights: bool,
+        head_mask: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length]."""
+        """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length].
+
+        `head_mask`, float32 [heads], multiplies the weights of each head.
+        """
         heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = (
             project(x).astype(self.dtype).reshape(heads) for project in (self.query, self.key, self.value)
@@ -216,6 +238,10 @@ class BertSelfAttention(nnx.Module):
             dropout_key=dropout_key,
             return_weights=return_weights,
         )
+        if head_mask is not None:
+            # All weights of a head share one factor, which may as well come after their product with the values.
+            context = context.astype(jnp.float32) * head_mask.reshape(1, 1, -1, 1)
+            weights = None if weights is None else weights * head_mask.reshape(1, -1, 1, 1)
         return self.output(context.reshape(x.shape)), weights
 
     def _bias(self, query: jax.Array, key: jax.Array) -> jax.Array | None:
@@ -261,24 +287,25 @@ class BertLayer(nnx.Module):
         mask: jax.Array,
         dropout_key: jax.Array | None = None,
         return_weights: bool = False,
+        head_mask: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length]."""
         attention_key, hidden_key, output_key = _split(dropout_key, 3)
-        attended, weights = self.attention(x, mask, attention_key, return_weights)
+        attended, weights = self.attention(x, mask, attention_key, return_weights, head_mask)
         x = self.attention_norm(x + dropout(attended, self.dropout_rate, hidden_key))
         x = self.feed_forward_norm(x + dropout(self.feed_forward(x), self.dropout_rate, output_key))
         return x, weights
 
 
 class BertPooler(nnx.Module):
-    """tanh(W h + b) of the first position, [CLS]: what BERT pre-trained for next-sentence prediction."""
+    """tanh(W h + b) of a text's first position, [CLS]: what BERT pre-trained for next-sentence prediction."""
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
         self.dense = _square(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Maps float32 [batch, length, hidden] to float32 [batch, hidden]."""
-        return jnp.tanh(self.dense(hidden[:, 0]))
+    def __call__(self, first: jax.Array) -> jax.Array:
+        """Maps the states of first positions, float32 [..., hidden], to the same shape."""
+        return jnp.tanh(self.dense(first))
 
 
 class BertPredictionTransform(nnx.Module):
@@ -290,7 +317,7 @@ class BertPredictionTransform(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Maps float32 [batch, length, hidden] to the same shape."""
+        """Maps float32 [..., hidden] to the same shape."""
         return self.layer_norm(ACTIVATION_FUNCTIONS[self.activation](self.dense(hidden)))
 
 
@@ -306,7 +333,7 @@ class BertPredictionHead(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, hidden: jax.Array, words: jax.Array) -> jax.Array:
-        """Maps float32 [batch, length, hidden] and the word embeddings [vocab, hidden] to [batch, length, vocab]."""
+        """Maps float32 [..., hidden] and the word embeddings [vocab, hidden] to [..., vocab]."""
         x = self.transform(hidden)
         if self.decoder is None:
             x, kernel = x.astype(self.dtype), words.astype(self.dtype).T

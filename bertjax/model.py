@@ -14,7 +14,7 @@ from jax import lax
 
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
-from bertjax.inputs import check_inputs
+from bertjax.inputs import check_count, check_inputs
 from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
 
 if TYPE_CHECKING:
@@ -30,9 +30,11 @@ class BertOutput:
 
     Attributes:
         last_hidden_state: [batch, length, hidden].
-        pooler_output: [batch, hidden], or None for a model without a pooler.
+        pooler_output: [batch, hidden] or, with `max_segments`, [batch, max_segments, hidden]; None for a model
+            without a pooler.
         hidden_states: [layers + 1, batch, length, hidden], the embeddings first, or None if not asked for.
-        attentions: [layers, batch, heads, length, length], each row summing to 1, or None if not asked for.
+        attentions: [layers, batch, heads, length, length], each row summing to 1 unless there is a `head_mask`, or
+            None if not asked for.
     """
 
     last_hidden_state: jax.Array
@@ -69,6 +71,7 @@ class BertEncoder(nnx.Module):
         x: jax.Array,
         mask: jax.Array,
         *,
+        head_mask: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
@@ -76,15 +79,15 @@ class BertEncoder(nnx.Module):
         """Maps float32 [batch, length, hidden] to the last hidden state, all hidden states and the attentions."""
 
         def step(x, scanned):
-            layer, key = scanned
-            y, weights = layer(x, mask, key, output_attentions)
+            layer, key, heads = scanned
+            y, weights = layer(x, mask, key, output_attentions, heads)
             return y, (x if output_hidden_states else None, weights)
 
         if self.remat:
             # Inside a scan nothing can be merged with the forward pass, so nothing has to be kept from it.
             step = jax.checkpoint(step, prevent_cse=False)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
-        last, (hidden, attentions) = lax.scan(step, x, (self.layers, keys), unroll=self.unroll)
+        last, (hidden, attentions) = lax.scan(step, x, (self.layers, keys, head_mask), unroll=self.unroll)
         if output_hidden_states:
             hidden = jnp.concatenate([hidden, last[None]])
         return last, hidden, attentions
@@ -131,12 +134,15 @@ class BertModel(nnx.Module):
 
     def __call__(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         token_type_ids: Any = None,
         position_ids: Any = None,
         segment_ids: Any = None,
         *,
+        inputs_embeds: Any = None,
+        head_mask: Any = None,
+        max_segments: int | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
         dropout_key: jax.Array | None = None,
@@ -151,21 +157,38 @@ class BertModel(nnx.Module):
                 the start of the segment. Relative positions allow of no others.
             segment_ids: int [batch, length], for several texts packed into a row: a token attends only to tokens of
                 its own segment. Segments are runs of equal numbers; 0 marks padding. Default: a row is one text.
+            inputs_embeds: float [batch, length, hidden], in the place of `input_ids` and of their word embeddings.
+            head_mask: float, int or bool [heads] or [layers, heads]; multiplies each head's attention weights, so that
+                0 takes a head out. Default: 1 for every head.
+            max_segments: with `segment_ids`, and part of what is compiled: the pooler reads the first position of each
+                segment 1 to `max_segments` of a row, instead of the row's.
             output_hidden_states: also return every layer's input and the last one's output.
             output_attentions: also return the attention weights.
             dropout_key: a JAX random key turns dropout on, for training; None, the default, leaves it off.
 
         Returns:
-            A `BertOutput`. `pooler_output` looks at the first position of a row only.
+            A `BertOutput`. `pooler_output` looks at the first position of a row or, with `max_segments`, of a segment;
+            what it says of a segment that a row does not have means nothing.
 
         Raises:
             InputError: a shape, dtype or id is not usable.
         """
-        inputs = check_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids, segment_ids)
+        inputs = check_inputs(
+            self.config,
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            segment_ids,
+            inputs_embeds=inputs_embeds,
+            head_mask=head_mask,
+        )
+        check_max_segments(self, max_segments, segment_ids)
         return _compiled_encode(
             self,
             inputs,
             dropout_key,
+            max_segments=max_segments,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -194,32 +217,45 @@ def encode(
     dropout_key: jax.Array | None = None,
     output_hidden_states: bool = False,
     output_attentions: bool = False,
+    max_segments: int | None = None,
 ) -> BertOutput:
     """The whole computation, on inputs that `check_inputs` returned; neither checked again nor compiled."""
-    input_ids = inputs["input_ids"]
-    types = jnp.zeros_like(input_ids) if inputs["token_type_ids"] is None else inputs["token_type_ids"]
+    input_ids, embeds, segment_ids = inputs["input_ids"], inputs["inputs_embeds"], inputs["segment_ids"]
+    # Of the tokens the rest needs the shape [batch, length] only, and how they are laid out over devices.
+    tokens = embeds[..., 0] if input_ids is None else input_ids
+    types = jnp.zeros_like(tokens, jnp.int32) if inputs["token_type_ids"] is None else inputs["token_type_ids"]
+    positions = _counted_positions(tokens, segment_ids) if inputs["position_ids"] is None else inputs["position_ids"]
     embedding_key, encoder_key = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-    x = model.embeddings(input_ids, types, token_positions(inputs), embedding_key)
+    x = model.embeddings(input_ids, types, positions, embedding_key, inputs_embeds=embeds)
     last, hidden_states, attentions = model.encoder(
         x,
-        _may_attend(input_ids, inputs["attention_mask"], inputs["segment_ids"]),
+        _may_attend(tokens, inputs["attention_mask"], segment_ids),
+        head_mask=inputs["head_mask"],
         dropout_key=encoder_key,
         output_hidden_states=output_hidden_states,
         output_attentions=output_attentions,
     )
-    pooled = None if model.pooler is None else model.pooler(last)
+    pooled = None if model.pooler is None else model.pooler(_first_states(last, segment_ids, max_segments))
     return BertOutput(last, pooled, hidden_states, attentions)
 
 
-_compiled_encode = jax.jit(encode, static_argnames=("output_hidden_states", "output_attentions"))
+_compiled_encode = jax.jit(encode, static_argnames=("output_hidden_states", "output_attentions", "max_segments"))
 
 
-def token_positions(inputs: dict[str, jax.Array | None]) -> jax.Array:
-    """Each token's position, int32 [batch, length]: as given, or counted from the start of the row or the segment."""
-    if inputs["position_ids"] is not None:
-        return inputs["position_ids"]
-    input_ids, segment_ids = inputs["input_ids"], inputs["segment_ids"]
-    index = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+def check_max_segments(model: BertModel, max_segments: int | None, segment_ids: Any) -> None:
+    """Refuses a `max_segments` that is no positive integer or that nothing would read, with an InputError."""
+    if max_segments is None:
+        return
+    check_count("max_segments", max_segments)
+    if segment_ids is None:
+        raise InputError("max_segments says how many segments of a row are read; pass segment_ids with it")
+    if model.pooler is None:
+        raise InputError("max_segments says how many segments the pooler reads, and this model has no pooler")
+
+
+def _counted_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Each token's position, int32 [batch, length], counted from the start of the row or the segment."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segment_ids is None:
         return index
     starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -228,14 +264,26 @@ def token_positions(inputs: dict[str, jax.Array | None]) -> jax.Array:
     return jnp.where(segment_ids == 0, 0, positions)
 
 
-def _may_attend(input_ids: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
+def _may_attend(tokens: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
     """Which key each query may look at: bool, broadcastable to [batch, heads, queries, keys]."""
-    mask = jnp.ones((1, 1, 1, input_ids.shape[1]), bool)
+    mask = jnp.ones((1, 1, 1, tokens.shape[1]), bool)
     if attention_mask is not None:
         mask = attention_mask[:, None, None, :]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     return mask
+
+
+def _first_states(hidden: jax.Array, segment_ids: jax.Array | None, max_segments: int | None) -> jax.Array:
+    """The states of the rows' first positions [batch, hidden], or the segments' [batch, max_segments, hidden].
+
+    For a segment that a row does not have, it is the state of the row's first position.
+    """
+    if max_segments is None:
+        return hidden[:, 0]
+    numbers = jnp.arange(1, max_segments + 1, dtype=segment_ids.dtype)
+    first = (segment_ids[:, None, :] == numbers[None, :, None]).argmax(-1)
+    return jnp.take_along_axis(hidden, first[..., None], axis=1)
 
 
 def functional(model: nnx.Module) -> tuple[Any, dict]:

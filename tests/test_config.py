@@ -265,3 +265,81 @@ def test_labels_are_counted_as_transformers_counts_them():
     for written in (*WRITTEN["transformers-4.57.1"], *WRITTEN["transformers-5.23.0"]):
         theirs = require("transformers").BertConfig.from_dict(written)
         assert BertConfig.from_hf(written).num_labels == theirs.num_labels
+
+
+def test_labels_have_names_and_numbers():
+    config = BertConfig.from_hf({"id2label": {"2": "c", "0": "a", "1": "b"}})
+    assert list(config.id2label.items()) == [(0, "a"), (1, "b"), (2, "c")]
+    assert config.label2id == {"a": 0, "b": 1, "c": 2}
+    assert BertConfig(extra={"id2label": {1: "b", 0: "a"}}).id2label == {0: "a", 1: "b"}
+    assert BertConfig().id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert BertConfig(extra={"num_labels": 1}).label2id == {"LABEL_0": 0}
+    assert [
+        BertConfig(extra={"problem_type": kind}).problem_type
+        for kind in (None, "regression", "single_label_classification", "multi_label_classification")
+    ] == [None, "regression", "single_label_classification", "multi_label_classification"]
+
+
+@pytest.mark.parametrize(
+    "label2id",
+    [
+        None,
+        {},
+        {"a": 0, "b": 1, "c": 2},
+        {"a": 0},  # transformers does not mind that there are fewer
+        {"a": "0", "b": "1", "c": "2"},
+        {"LABEL_0": 0, "LABEL_1": 1},  # left over from before the labels had names
+    ],
+)
+def test_label2id_is_the_inverse_of_id2label(label2id):
+    assert BertConfig(extra={"id2label": LABELS, "label2id": label2id}).label2id == {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        *(
+            ("id2label", {"id2label": value}, message)
+            for value, message in (
+                ({"1": "a", "2": "b"}, "names 2 labels but not label 0"),
+                ({"0": "a", "00": "b"}, "names label 0 twice"),
+                ({0: "a", "0": "b"}, "names label 0 twice"),
+                ({"0": 0, "1": 1}, "names label 0 0, expected a string"),
+                ({"0": None}, "names label 0 None, expected a string"),
+                ({"a": "0"}, "has the key 'a', expected the number"),
+                ({"-1": "a"}, "has the key '-1'"),
+                ({"\u0661": "a"}, "has the key"),
+                ({True: "a"}, "has the key True"),
+                ({"9" * 5000: "a"}, "has the key '999"),
+                ([], "expected an object"),
+            )
+        ),
+        ("id2label", {"num_labels": 0}, "num_labels="),
+        *(
+            ("label2id", {"id2label": LABELS, "label2id": value}, message)
+            for value, message in (
+                ({"a": 1}, "'a' is label 1, but id2label says 0; correct one of the two"),
+                ({"a": None}, "'a' is label None, but id2label says 0"),
+                ({"d": 3}, "'d' is label 3, but id2label has no such name"),
+                (["a"], r"label2id=\['a'\]: expected an object"),
+            )
+        ),
+        ("label2id", {"label2id": {"good": 1, "bad": 0}}, "'good' is label 1, but id2label has no such name"),
+        ("label2id", {"id2label": {"0": "a", "1": "a"}}, "gives several labels the name 'a'"),
+        *(("problem_type", {"problem_type": value}, "problem_type=") for value in ("ranking", "", 1, ["regression"])),
+    ],
+    ids=identify,
+)
+def test_labels_that_say_two_things_are_refused_when_they_are_asked(name, fields, message):
+    config = BertConfig(extra=fields)
+    with pytest.raises(ConfigError, match=message) as error:
+        getattr(config, name)
+    assert len(str(error.value)) < 400
+
+
+def test_label_names_are_those_of_transformers():
+    for written in (*WRITTEN["transformers-4.57.1"], *WRITTEN["transformers-5.23.0"]):
+        theirs = require("transformers").BertConfig.from_dict(written)
+        ours = BertConfig.from_hf(written)
+        assert (ours.id2label, ours.label2id) == (theirs.id2label, theirs.label2id)
+        assert ours.problem_type == theirs.problem_type

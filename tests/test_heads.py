@@ -1,11 +1,15 @@
 import dataclasses
+import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import compiles, tolerance
+from conftest import DATA, compiles, tolerance
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from oracle import require
 
 from bertjax import BertConfig, functional, heads
@@ -101,7 +105,7 @@ def torch_model(name, config):
 
 
 def from_torch(name, config, state):
-    """Our model with the weights of a PyTorch state dict."""
+    """Our model with the weights of a PyTorch state dict, of tensors or of arrays."""
     make = getattr(heads, name)
 
     def build():
@@ -112,7 +116,7 @@ def from_torch(name, config, state):
     def draw(path, shape):
         array = np.empty(shape, np.float32)
         for slot in slots[path]:
-            slot.view(array)[...] = state[slot.name].numpy()
+            slot.view(array)[...] = np.asarray(state[slot.name])
         return array
 
     return fill(build, draw)
@@ -128,23 +132,376 @@ CASES = [
 ]
 
 
+@functools.cache
+def shared(name):
+    """One model for all tests that only call it."""
+    return random_heads(name)
+
+
+def targets_of(name, seed=7):
+    """Labels for `inputs_of`, some of them ignored."""
+    rng = np.random.default_rng(seed)
+
+    def some(classes, *shape):
+        labels = rng.integers(0, classes, shape)
+        labels.flat[1::4] = -100
+        return labels
+
+    return {
+        "BertForPreTraining": lambda: {"labels": some(50, 4, 9), "next_sentence_label": some(2, 4)},
+        "BertForMaskedLM": lambda: {"labels": some(50, 4, 9)},
+        "BertForNextSentencePrediction": lambda: {"labels": some(2, 4)},
+        "BertForSequenceClassification": lambda: {"labels": some(3, 4)},
+        "BertForMultipleChoice": lambda: {"labels": np.array([1, 0])},
+        "BertForTokenClassification": lambda: {"labels": some(3, 4, 9)},
+        "BertForQuestionAnswering": lambda: {
+            "start_positions": np.array([0, 8, 9, 3]),
+            "end_positions": np.array([4, 30, 9, -1]),
+        },
+    }[name]()
+
+
+#: Most of these tests' time is spent on compiling programs that run once, so XLA is told not to try hard.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def loss_and_gradients(model, *given, **options):
+    """A model's output and its loss's gradients, a nested dict."""
+    apply, params = functional(model)
+
+    def loss(params):
+        output = apply(params, *given, **options)
+        return output.loss, output
+
+    (_, output), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return output, gradients
+
+
+def by_torchs_names(gradients):
+    """Arrays by PyTorch's names of the parameters."""
+    arrays = {tuple(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(gradients)}
+    slots = expand(TABLE, {path: array.shape for path, array in arrays.items()})
+    return {slot.name: slot.view(arrays[path]) for path, group in by_array(slots).items() for slot in group}
+
+
+def check_gradients(gradients, expected):
+    found = by_torchs_names(gradients)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=0, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "config"), CASES)
-def test_logits_match_torch(name, config):
+def test_logits_loss_and_gradients_match_torch(name, config):
     torch = require("torch")
-    reference = torch_model(name, config)
-    given = inputs_of(name)
-    with torch.no_grad():
-        expected = reference(*map(torch.tensor, given), output_hidden_states=True, output_attentions=True)
-    output = from_torch(name, config, reference.state_dict())(*given, output_hidden_states=True, output_attentions=True)
-    for field in LOGITS[name]:
-        value = getattr(expected, field).numpy()
+    reference, given, targets = torch_model(name, config), inputs_of(name), targets_of(name)
+    if (name, config) == ("BertForSequenceClassification", UNTIED):
+        targets["labels"] = np.minimum(targets["labels"], 1)  # it has two classes only
+    more = {"output_hidden_states": True, "output_attentions": True}
+    labels = {key: torch.tensor(value) for key, value in targets.items()}
+    expected = reference(*map(torch.tensor, given), **labels, **more)
+    expected.loss.backward()
+    model = from_torch(name, config, reference.state_dict())
+    output, gradients = loss_and_gradients(model, *given, **targets, **more)
+    for field in ("loss", *LOGITS[name]):
+        value = getattr(expected, field).detach().numpy()
         # a head is one layer more, the masked-LM head two
         bound = tolerance(value, config.num_hidden_layers + 2)
         np.testing.assert_allclose(getattr(output, field), value, rtol=0, atol=bound, err_msg=field)
     for field in ("hidden_states", "attentions"):
-        value = np.stack([part.numpy() for part in getattr(expected, field)])
+        value = np.stack([part.detach().numpy() for part in getattr(expected, field)])
         bound = tolerance(value, config.num_hidden_layers)
         np.testing.assert_allclose(getattr(output, field), value, rtol=0, atol=bound, err_msg=field)
+    slopes = {key: parameter.grad for key, parameter in reference.named_parameters()}
+    # of version 5's two biases of an untied decoder, the one that is used
+    bias = slopes.pop("cls.predictions.decoder.bias", None)
+    check_gradients(gradients, {key: (bias if slope is None else slope).numpy() for key, slope in slopes.items()})
+
+
+ONE_LAYER = dataclasses.replace(TINY, num_hidden_layers=1, hidden_size=16, intermediate_size=24)
+
+
+@pytest.mark.parametrize(
+    ("extra", "labels"),
+    [
+        ({"num_labels": 1}, np.array([0.5, -2, 3, 5], np.float32)),
+        ({"num_labels": 3, "problem_type": "regression"}, np.arange(12, dtype=np.float32).reshape(4, 3) - 5),
+        ({"num_labels": 3}, np.tile(np.array([0, 1, 0.25], np.float32), (4, 1))),
+        ({"num_labels": 1, "problem_type": "multi_label_classification"}, np.array([[1], [0], [1], [0.5]], np.float32)),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, np.array([0, 2, 1, -100])),
+    ],
+)
+def test_every_type_of_problem_matches_torch(extra, labels):
+    """The classifier's gradients tell one loss from another; what comes before it has its own test.
+
+    Some of these models differ in the problem alone, and none may be given what was compiled for another.
+    """
+    torch, name = require("torch"), "BertForSequenceClassification"
+    config = dataclasses.replace(ONE_LAYER, extra=extra)
+    reference, given = torch_model(name, config), inputs_of(name)
+    expected = reference(*map(torch.tensor, given), labels=torch.tensor(labels))
+    expected.loss.backward()
+    apply, params = functional(from_torch(name, config, reference.state_dict()))
+
+    def loss(classifier):
+        return apply(params | {"classifier": classifier}, *given, labels=labels).loss
+
+    value, slopes = quick_jit(jax.value_and_grad(loss))(params["classifier"])
+    np.testing.assert_allclose(value, expected.loss.item(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(slopes["kernel"].T, reference.classifier.weight.grad, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(slopes["bias"], reference.classifier.bias.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["absolute", "relative_key", "relative_key_query"])
+def test_masked_heads_and_relative_positions_train_as_in_version_4(kind):
+    with np.load(DATA / "heads" / f"training_{kind}.npz") as file:
+        golden = dict(file)
+    config = BertConfig.from_hf(json.loads(str(golden["config"])))
+    names = ("input_ids", "attention_mask", "token_type_ids", "labels", "next_sentence_label")
+    given = {name: golden[name] for name in names}
+    shapes = abstract(lambda: heads.BertForPreTraining(config, rngs=nnx.Rngs(0)))[1]
+    slots = {slot.name: slot for slot in expand(TABLE, shapes)}
+    ends = np.cumsum([np.prod(slots[name].shape) for name in golden["names"]])
+
+    def unpacked(flat):
+        parts = zip(golden["names"], np.split(flat, ends[:-1]), strict=True)
+        return {str(name): part.reshape(slots[name].shape) for name, part in parts}
+
+    apply, params = functional(from_torch("BertForPreTraining", config, unpacked(golden["parameters"])))
+
+    @quick_jit
+    def train(params, head_mask):
+        def loss(params, head_mask):
+            output = apply(params, **given, head_mask=head_mask, output_attentions=True)
+            return output.loss, output
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, head_mask)
+
+    (_, output), (gradients, by_head) = train(params, golden["head_mask"])
+    for field in ("loss", "prediction_logits", "attentions"):
+        np.testing.assert_allclose(getattr(output, field), golden[field], rtol=0, atol=1e-5, err_msg=field)
+    check_gradients(gradients, unpacked(golden["gradients"]))
+    np.testing.assert_allclose(by_head, golden["head_mask_gradient"], rtol=0, atol=1e-5)
+
+
+def test_embeddings_in_the_place_of_ids_match_torch():
+    name = "BertForMultipleChoice"
+    torch, reference, (_, mask, types) = require("torch"), torch_model(name, TINY), inputs_of(name)
+    embeds = np.random.default_rng(5).normal(size=(*mask.shape, 32)).astype(np.float32)
+    theirs = torch.tensor(embeds, requires_grad=True)
+    rest = {"attention_mask": mask, "token_type_ids": types, **targets_of(name)}
+    expected = reference(inputs_embeds=theirs, **{key: torch.tensor(value) for key, value in rest.items()})
+    expected.loss.backward()
+    model = from_torch(name, TINY, reference.state_dict())
+    value, slope = quick_jit(jax.value_and_grad(lambda embeds: model(inputs_embeds=embeds, **rest).loss))(embeds)
+    np.testing.assert_allclose(value, expected.loss.item(), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(slope, theirs.grad, rtol=0, atol=1e-5)
+
+
+PACKED = np.array([[1, 1, 1, 2, 2, 3, 3, 3, 0], [2, 2, 2, 2, 2, 2, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0, 0, 0]])
+
+
+def unpack(array, fill=0):
+    """Every segment of PACKED in a row of its own, in the order of its number, padded."""
+    rows = [array[row][PACKED[row] == number] for row, number in SEGMENTS]
+    return np.stack([np.pad(row, (0, 9 - len(row)), constant_values=fill) for row in rows])
+
+
+SEGMENTS = [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1)]
+
+
+def test_packed_texts_train_as_texts_of_their_own():
+    model, (ids, _, types) = shared("BertForPreTraining"), (array[:3] for array in inputs_of("BertForPreTraining"))
+    words = np.where((ids % 3 == 0) & (PACKED > 0), ids, -100)
+    follows = np.array([[1, 0, -100, -100], [-100, 1, -100, -100], [0, -100, -100, -100]])
+    packed = {"labels": words, "next_sentence_label": follows, "segment_ids": PACKED, "max_segments": 4}
+    alone = {"labels": unpack(words, -100), "attention_mask": unpack(np.ones_like(ids))}
+    alone["next_sentence_label"] = np.array([follows[row, number - 1] for row, number in SEGMENTS])
+    found, gradients = loss_and_gradients(model, ids, token_type_ids=types, **packed)
+    expected, slopes = loss_and_gradients(model, unpack(ids), token_type_ids=unpack(types), **alone)
+    logits = found.seq_relationship_logits
+    assert logits.shape == (3, 4, 2)
+    assert jnp.isfinite(logits).all()
+    there = np.stack([logits[row, number - 1] for row, number in SEGMENTS])
+    np.testing.assert_allclose(there, expected.seq_relationship_logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=0, atol=1e-5)
+    check_gradients(gradients, by_torchs_names(slopes))
+
+
+def test_packed_texts_are_classified_as_texts_of_their_own():
+    model, ids = shared("BertForSequenceClassification"), inputs_of("BertForSequenceClassification")[0][:3]
+    labels = np.array([[1, 2, -100], [-100, 1, -100], [0, -100, -100]])
+    found = model(ids, segment_ids=PACKED, max_segments=3, labels=labels)
+    flat = np.array([labels[row, number - 1] for row, number in SEGMENTS])
+    expected = model(unpack(ids), unpack(np.ones_like(ids)), labels=flat)
+    there = np.stack([found.logits[row, number - 1] for row, number in SEGMENTS])
+    np.testing.assert_allclose(there, expected.logits, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=0, atol=1e-5)
+
+
+def few_labels(ids):
+    return np.where(ids % 4 == 0, (ids + 1) % 50, -100)
+
+
+def test_scoring_labelled_tokens_only_changes_nothing():
+    model, given = random_heads("BertForPreTraining", UNTIED), inputs_of("BertForPreTraining")
+    targets = {"labels": few_labels(given[0]), "next_sentence_label": TEXTS}
+    there = targets["labels"] != -100
+    count = int(there.sum())
+    assert 0 < count < 20
+    expected, slopes = loss_and_gradients(model, *given, **targets)
+    found, gradients = loss_and_gradients(model, *given, **targets, max_predictions=count + 3)
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=0, atol=1e-5)
+    check_gradients(gradients, by_torchs_names(slopes))
+    logits = found.prediction_logits
+    assert logits.shape == (count + 3, 50)
+    assert jnp.isfinite(logits).all()
+    np.testing.assert_allclose(logits[:count], expected.prediction_logits[there], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def train_masked_lm():
+    """The loss of at most six labels and its gradients, compiled once for [4, 9]; and how it is lowered."""
+    apply, params = functional(shared("BertForMaskedLM"))
+
+    def loss(params, ids, labels, max_predictions):
+        return apply(params, ids, labels=labels, max_predictions=max_predictions).loss
+
+    compiled = quick_jit(jax.value_and_grad(loss), static_argnums=3)
+    return functools.partial(compiled, params), functools.partial(compiled.lower, params)
+
+
+def test_scoring_labelled_tokens_only_has_no_logits_of_the_others(train_masked_lm):
+    ids = inputs_of("BertForMaskedLM")[0]
+
+    def big(max_predictions):
+        text = train_masked_lm[1](ids, few_labels(ids), max_predictions).as_text()
+        shapes = {tuple(map(int, shape.split("x"))) for shape in re.findall(r"tensor<([\dx]+)x[a-z]", text)}
+        return {shape for shape in shapes if 50 in shape and np.prod(shape) == 4 * 9 * 50}
+
+    assert big(None)
+    assert not big(6)
+
+
+def test_more_labels_than_may_be_scored_are_never_left_out_in_silence(train_masked_lm):
+    ids = inputs_of("BertForMaskedLM")[0]
+    labels = np.full_like(ids, -100)
+    for count, usable in ((6, True), (7, False), (0, False), (36, False)):
+        labels.flat[:count] = 3
+        loss, gradients = train_masked_lm[0](ids, labels, 6)
+        assert np.isfinite(loss) == usable
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+        assert any(leaf.any() for leaf in jax.tree.leaves(gradients)) == usable
+        labels[:] = -100
+
+
+def test_inside_jit_a_label_without_a_class_is_nan(train_masked_lm):
+    ids = inputs_of("BertForMaskedLM")[0]
+    for wrong in (50, -1, -99):
+        labels = np.full_like(ids, -100)
+        labels[1, 1:3] = 3, wrong
+        loss, gradients = train_masked_lm[0](ids, labels, 6)
+        assert np.isnan(loss)
+        assert not any(leaf.any() for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_pretraining_loss_is_the_sum_of_those_that_have_labels():
+    model, given = shared("BertForPreTraining"), inputs_of("BertForPreTraining")
+    targets = targets_of("BertForPreTraining")
+    both = model(*given, **targets).loss
+    parts = [model(*given, **{name: value}).loss for name, value in targets.items()]
+    np.testing.assert_allclose(both, sum(parts), rtol=1e-6)
+    assert all(part > 0 for part in parts)
+
+
+def changed(array, where, value):
+    array = array.copy()
+    array[where] = value
+    return array
+
+
+WORDS, TEXTS = targets_of("BertForMaskedLM")["labels"], np.array([1, 0, -100, 1])
+SEGMENT_IDS = {"segment_ids": np.repeat([[1, 2, 0]], 3, axis=1).repeat(4, axis=0)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("MaskedLM", {"labels": WORDS[:, :8]}, r"labels has shape \(4, 8\), expected \(4, 9\)"),
+        ("MaskedLM", {"labels": WORDS * 1.0}, "labels has dtype float64, expected integers"),
+        ("MaskedLM", {"labels": changed(WORDS, (1, 2), 50)}, r"labels\[1, 2\] is 50, neither -100 nor inside 0..49"),
+        ("MaskedLM", {"labels": changed(WORDS, (3, 0), -1)}, r"labels\[3, 0\] is -1, neither -100 nor inside"),
+        ("MaskedLM", {"labels": changed(WORDS, (3, 0), 2**32)}, r"labels\[3, 0\] is 4294967296, neither"),
+        ("MaskedLM", {"labels": [[1, 2], [3]]}, "labels is ragged"),
+        ("MaskedLM", {"max_predictions": 4}, "pass labels with it"),
+        ("MaskedLM", {"labels": WORDS, "max_predictions": 26}, "labels has 27 positions .* max_predictions is 26"),
+        ("MaskedLM", {"labels": WORDS, "max_predictions": 0}, "max_predictions is 0, expected a positive integer"),
+        ("MaskedLM", {"labels": WORDS, "max_predictions": 40.0}, "max_predictions is 40.0, expected a positive"),
+        ("PreTraining", {"next_sentence_label": TEXTS, "max_predictions": 4}, "pass labels with it"),
+        ("PreTraining", {"next_sentence_label": TEXTS + 1}, r"next_sentence_label\[0\] is 2, neither"),
+        ("NextSentencePrediction", {"labels": TEXTS[:, None]}, r"shape \(4, 1\), expected \(4,\)"),
+        ("SequenceClassification", {"labels": changed(TEXTS, 3, 3)}, r"labels\[3\] is 3, neither -100 nor inside 0..2"),
+        ("SequenceClassification", {"labels": TEXTS * 0.5}, r"labels has shape \(4,\), expected \(4, 3\)"),
+        ("SequenceClassification", {"labels": np.full((4, 3), -100.0)}, r"labels\[0, 0\] is -100.0, outside 0..1"),
+        ("SequenceClassification", {"labels": np.full((4, 3), "a")}, "labels has dtype <U1, expected numbers"),
+        ("SequenceClassification", SEGMENT_IDS | {"labels": TEXTS, "max_segments": 2}, r"expected \(4, 2\)"),
+        (
+            "SequenceClassification",
+            SEGMENT_IDS | {"labels": np.ones((4, 3)), "max_segments": 3},
+            "labels for segments are classes, and the problem is multi_label_classification",
+        ),
+        (
+            "NextSentencePrediction",
+            SEGMENT_IDS | {"labels": changed(np.full((4, 3), -100), (2, 2), 1), "max_segments": 3},
+            r"labels\[2, 2\] is 1, but the row has no such segment; set it to -100",
+        ),
+        ("TokenClassification", {"labels": WORDS % 7}, "neither -100 nor inside 0..2"),
+        ("TokenClassification", SEGMENT_IDS | {"max_segments": 2}, "this model has no pooler"),
+        ("QuestionAnswering", {"start_positions": [1] * 4}, "start_positions and end_positions go together"),
+        ("QuestionAnswering", {"start_positions": [1] * 4, "end_positions": [2.0] * 4}, "end_positions has dtype"),
+        ("QuestionAnswering", {"start_positions": [2**31] * 4, "end_positions": [2] * 4}, r"start_positions\[0\] is"),
+        ("MultipleChoice", {"labels": [0, 2]}, r"labels\[1\] is 2, neither -100 nor inside 0..1"),
+        ("MultipleChoice", {"labels": [0, 1, 1, 0]}, r"labels has shape \(4,\), expected \(2,\)"),
+        ("MultipleChoice", {"max_segments": 2}, "max_segments is not for multiple choice"),
+        ("MultipleChoice", {"inputs_embeds": np.ones((2, 2, 9, 32))}, "pass either input_ids or inputs_embeds"),
+    ],
+)
+def test_unusable_labels_are_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        shared(f"BertFor{name}")(*inputs_of(f"BertFor{name}"), **options)
+
+
+def test_numbers_to_be_learnt_are_finite():
+    config = dataclasses.replace(TINY, extra={"num_labels": 1})
+    with pytest.raises(InputError, match=r"labels\[1\] is nan, not finite"):
+        random_heads("BertForSequenceClassification", config)(
+            *inputs_of("BertForSequenceClassification"), labels=[1, np.nan, 2, 3]
+        )
+
+
+def test_an_unknown_problem_type_is_refused():
+    config = dataclasses.replace(TINY, extra={"problem_type": "ranking"})
+    with pytest.raises(ConfigError, match="problem_type='ranking': expected null or one of"):
+        random_heads("BertForSequenceClassification", config)(*inputs_of("BertForSequenceClassification"), labels=TEXTS)
+
+
+def test_multiple_choice_embeddings_have_a_hidden_axis():
+    embeds = np.ones((2, 2, 9))
+    with pytest.raises(
+        InputError, match=r"inputs_embeds has shape \(2, 2, 9\), expected \[batch, choices, length, hid"
+    ):
+        shared("BertForMultipleChoice")(inputs_embeds=embeds)
+
+
+def test_labels_may_be_spread_over_devices():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    model, (ids, *_) = shared("BertForMaskedLM"), inputs_of("BertForMaskedLM")
+    labels = few_labels(ids)
+    spread = [jax.device_put(array, NamedSharding(mesh, PartitionSpec("data"))) for array in (ids, labels)]
+    expected = model(ids, labels=labels).loss
+    found = model(spread[0], labels=spread[1], max_predictions=20).loss
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def test_parameters_are_torchs_own():
@@ -159,15 +516,16 @@ def test_parameters_are_torchs_own():
 
 @every_model
 def test_shapes_and_outputs_not_asked_for(name):
-    output = random_heads(name)(*inputs_of(name))
+    output = shared(name)(*inputs_of(name))
     assert [getattr(output, field).shape for field in LOGITS[name]] == SHAPES[name]
+    assert output.loss is None
     assert output.hidden_states is None
     assert output.attentions is None
 
 
 @every_model
 def test_functional_composes_with_jit(name):
-    model, given = random_heads(name), inputs_of(name)
+    model, given = shared(name), inputs_of(name)
     apply, params = functional(model)
     expected, found = model(*given), jax.jit(apply)(params, *given)
     for field in LOGITS[name]:

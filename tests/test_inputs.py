@@ -51,6 +51,54 @@ def test_unusable_inputs_are_refused_with_the_position(inputs, message):
             check_inputs(CONFIG, *on_device)
 
 
+EMBEDS = np.ones((2, 4, 768), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "pass either input_ids or inputs_embeds, one of the two"),
+        ({"input_ids": IDS, "inputs_embeds": EMBEDS}, "pass either input_ids or inputs_embeds"),
+        (
+            {"inputs_embeds": EMBEDS[0]},
+            r"shape \(4, 768\), expected \[batch, length, hidden\]; .* inputs_embeds\[None\]",
+        ),
+        ({"inputs_embeds": EMBEDS[:, :0]}, "there are no tokens"),
+        ({"inputs_embeds": EMBEDS[..., :9]}, r"shape \(2, 4, 9\), the model's hidden size is 768"),
+        ({"inputs_embeds": EMBEDS.astype(int)}, "inputs_embeds has dtype int64, expected floats"),
+        ({"inputs_embeds": np.ones((1, 13, 768))}, "inputs_embeds is 13 tokens long, the model has 12"),
+        (
+            {"inputs_embeds": EMBEDS, "attention_mask": np.ones((2, 5))},
+            r"inputs_embeds without its last axis has \(2, 4\)",
+        ),
+        ({"input_ids": IDS, "head_mask": np.ones(4)}, r"head_mask has shape \(4,\), expected \(12,\) or \(12, 12\)"),
+        ({"input_ids": IDS, "head_mask": changed(np.ones(12), 3, np.nan)}, r"head_mask\[3\] is nan, not finite"),
+        ({"input_ids": IDS, "head_mask": ["a"] * 12}, "head_mask has dtype <U1, expected numbers"),
+        ({"input_ids": IDS, "head_mask": np.ones(12, complex)}, "head_mask has dtype complex128, expected numbers"),
+    ],
+)
+def test_unusable_embeddings_and_head_masks_are_refused(inputs, message):
+    with pytest.raises(InputError, match=message):
+        check_inputs(CONFIG, **{"input_ids": None, **inputs})
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int64, np.float16, np.float64, jnp.bfloat16])
+def test_head_masks_of_any_dtype_become_float32_for_every_layer(dtype):
+    mask = changed(np.ones(12), 5, 0).astype(dtype)
+    found = check_inputs(CONFIG, IDS, head_mask=mask)["head_mask"]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.tile(mask.astype(np.float32), (12, 1)))
+    rows = changed(np.ones((12, 12)), (3, 4), 0.25)
+    np.testing.assert_array_equal(check_inputs(CONFIG, IDS, head_mask=rows)["head_mask"], rows)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, jnp.bfloat16])
+def test_embeddings_of_any_precision_become_float32(dtype):
+    found = check_inputs(CONFIG, None, inputs_embeds=EMBEDS.astype(dtype))
+    assert found["inputs_embeds"].dtype == jnp.float32
+    assert found["input_ids"] is None
+
+
 @pytest.mark.parametrize("mask", [np.ones((2, 4), bool), np.ones((2, 4), np.float32), [[1, 1, 1, 0], [1, 0, 0, 0]]])
 def test_masks_of_any_dtype_become_bool(mask):
     found = check_inputs(CONFIG, IDS, mask)["attention_mask"]

@@ -236,6 +236,93 @@ def test_relative_positions_leave_no_choice_of_position_ids():
             model(ids, position_ids=wrong, **options)
 
 
+def test_embeddings_stand_in_for_ids():
+    model = tiny(RELATIVE[1])
+    table = np.asarray(model.embeddings.word_embeddings.embedding[...])
+    ids, segments = random_ids((2, 9)), np.repeat([[1, 2, 0]], [4, 3, 2], axis=1).repeat(2, axis=0)
+    options = {"segment_ids": segments, "max_segments": 2, "token_type_ids": ids % 2}
+    expected, found = model(ids, **options), model(inputs_embeds=table[ids], **options)
+    for field in ("last_hidden_state", "pooler_output"):
+        np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=0, atol=1e-5)
+    model(inputs_embeds=table[ids])  # and nothing but embeddings will do
+
+
+def test_the_pooler_reads_every_segment():
+    model, ids = tiny(), random_ids((2, 9))
+    segments = np.array([[2, 2, 1, 1, 1, 1, 3, 0, 0], [0, 0, 0, 3, 3, 3, 3, 3, 3]])
+    pooled = model(ids, segment_ids=segments, max_segments=4).pooler_output
+    assert pooled.shape == (2, 4, 32)
+    assert jnp.isfinite(pooled).all()
+    # each text alone, in a row of its own
+    rows, mask = np.zeros((4, 9), int), np.zeros((4, 9), int)
+    places = [(0, 1), (0, 2), (0, 3), (1, 3)]
+    for at, (row, number) in enumerate(places):
+        text = ids[row][segments[row] == number]
+        rows[at, : len(text)], mask[at, : len(text)] = text, 1
+    alone = model(rows, mask).pooler_output
+    found = np.stack([pooled[row, number - 1] for row, number in places])
+    np.testing.assert_allclose(found, alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_segments": 2}, "pass segment_ids with it"),
+        ({"max_segments": 0, "segment_ids": np.ones((2, 9), int)}, "max_segments is 0, expected a positive integer"),
+        ({"max_segments": True, "segment_ids": np.ones((2, 9), int)}, "max_segments is True, expected"),
+        ({"max_segments": 2.0, "segment_ids": np.ones((2, 9), int)}, "max_segments is 2.0, expected"),
+    ],
+)
+def test_other_max_segments_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        tiny()(random_ids((2, 9)), **options)
+    if message.startswith("pass"):
+        with pytest.raises(InputError, match="this model has no pooler"):
+            tiny(add_pooling_layer=False)(random_ids((2, 9)), max_segments=2, segment_ids=np.ones((2, 9), int))
+
+
+def test_a_masked_head_counts_for_what_its_mask_says():
+    model, ids = tiny(), random_ids((2, 9))
+    plain = model(ids, output_attentions=True)
+    ones = model(ids, output_attentions=True, head_mask=np.ones(4, bool))
+    np.testing.assert_allclose(ones.last_hidden_state, plain.last_hidden_state, rtol=0, atol=1e-5)
+    mask = np.array([[1, 0.5, 0, 1]] * 3)
+    masked = model(ids, output_attentions=True, head_mask=mask)
+    sums = np.broadcast_to(mask[:, None, :, None], (3, 2, 4, 9))
+    np.testing.assert_allclose(masked.attentions.sum(-1), sums, rtol=0, atol=1e-6)
+    # what a head adds is linear in its values, which may as well be scaled
+    values, scale = model.encoder.layers.attention.value, np.repeat(mask[0], 8).astype(np.float32)
+    values.kernel[...], values.bias[...] = values.kernel[...] * scale, values.bias[...] * scale
+    np.testing.assert_allclose(model(ids).last_hidden_state, masked.last_hidden_state, rtol=0, atol=1e-5)
+
+
+def test_padding_teaches_its_embedding_nothing():
+    """As in the reference, whose word embeddings have a padding_idx; the other words that occur do learn."""
+    ids = np.array([[5, 7, 9, 7]])
+    for pad, learnt in ((7, [5, 9]), (None, [5, 7, 9])):
+        embeddings = tiny(dataclasses.replace(TINY, pad_token_id=pad)).embeddings
+        graphdef, state = nnx.split(embeddings)
+        weights = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)
+
+        def total(state, graphdef=graphdef, weights=weights):
+            return jnp.sum(weights * nnx.merge(graphdef, state)(ids, 0 * ids, 0 * ids))
+
+        gradients = nnx.to_pure_dict(jax.jit(jax.grad(total))(state))
+        rows = jnp.abs(gradients["word_embeddings"]["embedding"]).max(-1)
+        np.testing.assert_array_equal(np.flatnonzero(rows), learnt)
+
+
+def test_activations_slopes_match_torch():
+    torch, activations = require("torch"), require("transformers.activations")
+    x = np.linspace(-8, 8, 2001, dtype=np.float32)
+    found = jax.jit(lambda x: {name: jax.vmap(jax.grad(f))(x) for name, f in ACTIVATION_FUNCTIONS.items()})(x)
+    for name, slopes in found.items():
+        theirs = torch.tensor(x, requires_grad=True)
+        activations.ACT2FN[name](theirs).sum().backward()
+        # where tanh is all but -1, a rounding of 1 + tanh is multiplied by the slope of its argument, up to 60 here
+        np.testing.assert_allclose(slopes, theirs.grad, rtol=0, atol=1e-5, err_msg=name)
+
+
 def test_unroll_and_remat_change_nothing():
     ids = random_ids((2, 9))
     expected = tiny()(ids).last_hidden_state

@@ -4,8 +4,12 @@ Run with transformers 4.57.1 and torch installed: `python tests/data/heads/gener
 save_pretrained wrote it, in safetensors and, with safe_serialization=False, in a pickle or in shards of one. They
 differ from what version 5 writes: the pickles repeat the tied tensors, and relative positions have their embeddings.
 `expected.npz` holds the inputs and the logits.
+
+`training_*.npz` hold what version 5 can't compute any more: a model with each kind of position, masked heads, and the
+gradients of its loss. Parameters and gradients are one after another in the order of `names`.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -58,8 +62,43 @@ def inputs(kind: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {name: array.reshape(shape) for name, array in given.items()}
 
 
+HEAD_MASK = ((1.0, 0.25), (0.0, 1.5))
+
+
+def training(kind: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A model's configuration, parameters, inputs and labels, and what comes of them, its gradients included."""
+    overrides = {"num_hidden_layers": 2, "position_embedding_type": kind}
+    config = transformers.BertConfig(**BASE | overrides, attn_implementation="eager")
+    model = transformers.BertForPreTraining(config).eval()
+    fill(model, rng)
+    given = inputs("BertForPreTraining", rng)
+    ids = given["input_ids"]
+    given["labels"] = np.where(rng.random(ids.shape) < 0.4, rng.integers(0, BASE["vocab_size"], ids.shape), -100)
+    given["next_sentence_label"] = np.array([0, 1, -100, 1])
+    head_mask = torch.tensor(HEAD_MASK, requires_grad=True)
+    arguments = {name: torch.tensor(array) for name, array in given.items()}
+    output = model(**arguments, head_mask=head_mask, output_attentions=True)
+    output.loss.backward()
+    parameters = dict(model.named_parameters())
+    # Where positions are relative, the table of absolute ones has no gradient: it is not used.
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    gradients = [zeros[name] if parameter.grad is None else parameter.grad for name, parameter in parameters.items()]
+    return {
+        "config": np.array(json.dumps(config.to_diff_dict())),
+        "names": np.array(list(parameters)),
+        "parameters": torch.cat([parameter.detach().flatten() for parameter in parameters.values()]).numpy(),
+        "gradients": torch.cat([gradient.flatten() for gradient in gradients]).numpy(),
+        **given,
+        "head_mask": head_mask.detach().numpy(),
+        "head_mask_gradient": head_mask.grad.numpy(),
+        "loss": output.loss.detach().numpy(),
+        "prediction_logits": output.prediction_logits.detach().numpy(),
+        "attentions": np.stack([weights.detach().numpy() for weights in output.attentions]),
+    }
+
+
 def main() -> None:
-    """Writes every folder."""
+    """Writes every folder and every file."""
     if transformers.__version__ != "4.57.1":
         raise SystemExit(f"needs transformers 4.57.1, this is {transformers.__version__}")
     for seed, (name, kind, overrides, pickle) in enumerate(CASES):
@@ -75,6 +114,8 @@ def main() -> None:
         model.save_pretrained(folder)
         model.save_pretrained(folder, safe_serialization=False, **pickle)
         np.savez_compressed(folder / "expected.npz", **given, **{key: value.numpy() for key, value in output.items()})
+    for seed, kind in enumerate(("absolute", "relative_key", "relative_key_query")):
+        np.savez_compressed(HERE / f"training_{kind}.npz", **training(kind, np.random.default_rng(seed)))
 
 
 if __name__ == "__main__":
