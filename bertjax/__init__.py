@@ -1,4 +1,4 @@
-"""BERT on JAX and Flax NNX: strict weight conversion both ways, a jitted encoder, sentence vectors.
+"""BERT on JAX and Flax NNX: strict weight conversion both ways, a jitted encoder, all heads, tasks, sentence vectors.
 
 Names are loaded when they are first used, so that `import bertjax` costs little and starts no JAX backend.
 """
@@ -9,6 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Answer": "tasks.question_answering",
     "BertConfig": "config",
     "BertForMaskedLM": "heads",
     "BertForMultipleChoice": "heads",
@@ -22,14 +23,31 @@ _HOMES = {
     "BertjaxError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "CrossEncoder": "tasks.rank",
+    "Entity": "tasks.token_classification",
+    "EntityGroup": "tasks.token_classification",
+    "Fill": "tasks.fill_mask",
+    "FillMask": "tasks.fill_mask",
     "InputError": "errors",
+    "Label": "tasks.classification",
+    "NextSentence": "tasks.next_sentence",
+    "QuestionAnswering": "tasks.question_answering",
+    "RankedPassage": "tasks.rank",
     "SentenceEncoder": "embedder",
     "SentenceModel": "sentence",
     "SourceError": "errors",
+    "SparseEncoder": "tasks.sparse",
+    "SparseVector": "tasks.sparse",
+    "TextClassification": "tasks.classification",
+    "TokenClassification": "tasks.token_classification",
     "Tokenizer": "tokenizer",
     "TokenizerError": "errors",
+    "WordLabel": "tasks.token_classification",
+    "ZeroShotClassification": "tasks.zero_shot",
+    "ZeroShotLabels": "tasks.zero_shot",
     "convert_checkpoint": "conversion",
     "describe": "reports",
+    "from_pretrained": "pretrained",
     "functional": "model",
     "named_parameters": "reports",
     "parameter_table": "reports",

@@ -15,48 +15,18 @@ from tqdm import tqdm
 
 from bertjax import __version__, hub
 from bertjax.atomic import atomic_file, atomic_folder, resolved
+from bertjax.checkpoints import architecture, check_head_fields, config_file, match, open_checkpoint
 from bertjax.config import BertConfig
-from bertjax.convert import bert, certificate, files, msgpack, names, rules, sources, targets
+from bertjax.convert import bert, certificate, files, names, rules, targets
 from bertjax.convert.layout import Layout, standard_layout
 from bertjax.convert.tensors import TensorToWrite, WeightFiles, inside
 from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
-from bertjax.heads import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertWithHeads,
-)
+from bertjax.heads import BertWithHeads
 from bertjax.json_files import read_json
 from bertjax.layers import DType
 from bertjax.model import check_dtype
-from bertjax.pretrained import (
-    abstract,
-    abstract_model,
-    check_head_fields,
-    config_file,
-    read_config,
-    untied,
-    write_config,
-)
+from bertjax.pretrained import abstract, abstract_model, write_config
 from bertjax.side_files import copy_side_files, encoder_folder
-
-_CLASSES = (
-    BertForPreTraining,
-    BertForMaskedLM,
-    BertForNextSentencePrediction,
-    BertForSequenceClassification,
-    BertForMultipleChoice,
-    BertForTokenClassification,
-    BertForQuestionAnswering,
-)
-# Labels that are given names, where a configuration names none; more than any classifier on BERT has.
-_MAX_LABELS = 1 << 16
-
-_ARCHITECTURES = {kind.__name__: kind for kind in _CLASSES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,20 +107,12 @@ def read_checkpoint(
     Raises:
         SourceError, ConfigError, CheckpointError: see `bertjax.pretrained.from_pretrained`.
     """
-    weights = sources.open_weights(path)  # first, because the format tells most plainly what a folder is
-    config = read_config(weights.folder, ignore)
-    survey = names.survey(weights, prefix)
-    if untie:
-        config, survey = untied(config, survey)
-    # Flax has no PyTorch names to give back, so what it has comes out as transformers writes it.
-    elif weights.format == msgpack.FORMAT and weights.layout is None and not config.tie_word_embeddings:
-        survey = survey.with_decoder_bias()
-    if config_file(weights.folder).name == "bert_config.json":
-        config = _with_found_heads(config, survey)
+    config, survey = open_checkpoint(path, prefix=prefix, untie=untie, ignore=ignore)
     _check_architecture(config, survey)
     if bert.heads_in(survey):
-        check_head_fields(config, weights.folder)
-    return Checkpoint(survey, config, bert.match(survey, _shapes(config, survey)), untie)
+        check_head_fields(config, survey.weights.folder)
+    survey, plan = match(survey, _shapes(config, survey), untie)
+    return Checkpoint(survey, config, plan, untie)
 
 
 def _check_architecture(config: BertConfig, survey: names.Survey) -> None:
@@ -162,18 +124,6 @@ def _check_architecture(config: BertConfig, survey: names.Survey) -> None:
             f"{survey.weights.folder}: the config's architecture is {kind.__name__}, but the weights have no "
             f'{" and no ".join(absent)} head; if the encoder is all there is, set architectures to ["BertModel"]'
         )
-
-
-def _with_found_heads(config: BertConfig, survey: names.Survey) -> BertConfig:
-    """Adds to a configuration of Google's, which knows the encoder only, the heads that the checkpoint has."""
-    heads = bert.heads_in(survey)
-    kind = next((kind for kind in _CLASSES if set(kind.heads) == heads), None)
-    fields: dict[str, Any] = {"architectures": [kind.__name__ if kind else "BertModel"]}
-    classifier = survey.tensors.get("classifier.bias")
-    if classifier is not None and 0 < classifier.count <= _MAX_LABELS:
-        fields["id2label"] = {str(label): f"LABEL_{label}" for label in range(classifier.count)}
-        fields["label2id"] = {name: int(label) for label, name in fields["id2label"].items()}
-    return dataclasses.replace(config, extra={**config.extra, **fields})
 
 
 def _shapes(config: BertConfig, survey: names.Survey) -> dict[rules.Path, rules.Shape]:
@@ -189,14 +139,6 @@ def _shapes(config: BertConfig, survey: names.Survey) -> dict[rules.Path, rules.
         "num_labels": kind.labels if kind else None,
     }
     return abstract(lambda: BertWithHeads(config, tuple(sorted(heads)), rngs=nnx.Rngs(0), **options))[1]
-
-
-def architecture(config: BertConfig) -> type[BertWithHeads] | None:
-    """The class with heads that a configuration names, or None."""
-    architectures = config.extra.get("architectures")
-    if not isinstance(architectures, list):
-        return None
-    return next((_ARCHITECTURES[name] for name in architectures if name in _ARCHITECTURES), None)
 
 
 def convert_checkpoint(

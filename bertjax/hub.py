@@ -6,6 +6,7 @@ The Hub client's own cache, tokens, offline mode and environment variables apply
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from bertjax.errors import SourceError
@@ -52,6 +53,7 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Returns a folder that holds a model's files, or one of its weight files if that is what was named.
 
@@ -62,6 +64,7 @@ def resolve(
         token: for the Hub: an access token, True for the stored one, or None for the client's default.
         cache_dir: for the Hub: where to keep the files; default: the client's cache.
         local_files_only: for the Hub: use what is in the cache, ask nobody.
+        weights: whether the weights are needed; without them only small files are fetched.
 
     Raises:
         SourceError: there is no such folder or repository, or the Hub can't be reached.
@@ -79,7 +82,7 @@ def resolve(
     name = os.fspath(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or not _REPOSITORY.fullmatch(name) or ".." in name or name.startswith("."):
         raise SourceError(f"{name}: no such folder (and not the name of a repository, like organisation/model)")
-    return _snapshot(name, revision, token, cache_dir, local_files_only)
+    return _snapshot(name, revision, token, cache_dir, local_files_only, _WEIGHTS if weights else ())
 
 
 def _snapshot(
@@ -88,6 +91,7 @@ def _snapshot(
     token: str | bool | None,
     cache_dir: str | Path | None,
     local_files_only: bool,
+    weights: Sequence[Sequence[str]],
 ) -> Path:
     # The client takes a while to import, and a local folder does not need it.
     from huggingface_hub import errors, snapshot_download
@@ -95,10 +99,9 @@ def _snapshot(
     at = f" at revision {revision!r}" if revision else ""
     options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     try:
-        path = Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*_CONFIGURATION, *_WEIGHTS[0]], **options)
-        )
-        for patterns in _WEIGHTS[1:]:
+        patterns = [*_CONFIGURATION, *(weights[0] if weights else ())]
+        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **options))
+        for patterns in weights[1:]:
             if _has_weights(path):
                 break
             # The commit that was fetched first, whatever the branch says by now.

@@ -67,6 +67,7 @@ class PackedBatch:
         items: int [texts], which text of the window each one is.
         rows: int [texts], the row it is in.
         segments: int [texts], its segment id minus one.
+        starts: int [texts], the column of its first token.
     """
 
     input_ids: np.ndarray
@@ -76,6 +77,7 @@ class PackedBatch:
     items: np.ndarray
     rows: np.ndarray
     segments: np.ndarray
+    starts: np.ndarray
 
 
 @dataclasses.dataclass
@@ -171,9 +173,9 @@ def _fill(
     # Where each text begins in its row: the running total of the lengths, less the total at the row's own start.
     ends = np.cumsum(lengths)
     begins = ends - lengths
-    offsets = begins - begins[segments == 0][row_of]
+    starts = begins - begins[segments == 0][row_of]
     within = np.arange(int(ends[-1])) - np.repeat(begins, lengths)
-    where = np.repeat(row_of * shape[1] + offsets, lengths) + within
+    where = np.repeat(row_of * shape[1] + starts, lengths) + within
 
     def scatter(values: np.ndarray, fill: int) -> np.ndarray:
         flat = np.full(shape[0] * shape[1], fill, np.int32)
@@ -188,4 +190,5 @@ def _fill(
         items=items,
         rows=row_of,
         segments=segments,
+        starts=starts,
     )

@@ -1,10 +1,11 @@
-"""Checkpoints to models and back: the only place where models, the Hub and the converter meet."""
+"""Checkpoints to models and back: where models, the Hub and the converter meet."""
 
-import dataclasses
+import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -14,16 +15,15 @@ from flax import nnx
 
 from bertjax import hub
 from bertjax.atomic import atomic_folder
+from bertjax.checkpoints import check_head_fields, class_of, match, open_checkpoint
 from bertjax.config import BertConfig
-from bertjax.convert import bert, names, rules, sources, targets
+from bertjax.convert import bert, names, rules, targets
 from bertjax.convert.layout import Layout, standard_layout
-from bertjax.embedder import SentenceEncoder, check_positive
-from bertjax.errors import CheckpointError, ConfigError, InputError, SourceError
-from bertjax.folders import find
+from bertjax.errors import CheckpointError, InputError
+from bertjax.fresh import check_kind, check_labels, check_parts, hinting, initialise, names_of, replaced_names
+from bertjax.labels import with_labels
 from bertjax.layers import DType
 from bertjax.model import BertModel, check_dtype
-from bertjax.sentence import Dense, Normalize, SentenceModel
-from bertjax.sentence_files import DenseSpec, read_spec, spec_files
 from bertjax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,13 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 def from_pretrained(
     path_or_hub_id: str | Path,
-    kind: type[Model] = BertModel,
+    kind: type[Model] | None = None,
     *,
+    fresh: str | Iterable[str] = (),
+    rngs: nnx.Rngs | int = 0,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    problem_type: str | None = None,
     revision: str | None = None,
     dtype: DType = jnp.float32,
     param_dtype: DType | None = None,
@@ -52,13 +57,20 @@ def from_pretrained(
 ) -> Model:
     """Loads BERT's encoder, or BERT with a head, from a folder or from the Hub, whatever the format of the weights.
 
-    Tensors are read, converted and placed on the device one array at a time; nothing is initialised first, so the
-    peak memory stays near one copy of the weights.
+    Tensors are read, converted and placed on the device one array at a time; nothing is initialised but what `fresh`
+    names, so the peak memory stays near one copy of the weights.
 
     Args:
         path_or_hub_id: a model's folder, one of the weight files in it, the prefix of a TensorFlow checkpoint, or a
             repository on the Hub.
-        kind: the class to load: `BertModel` or one of `bertjax.heads`, whose head the checkpoint must have.
+        kind: the class to load: `BertModel` or one of `bertjax.heads`, whose head the checkpoint must have; default:
+            the one that config.json names in `architectures` or, where it names none, that the weights are of.
+        fresh: the parts to initialise instead of reading them, to be trained before use: one or several of "pooler"
+            and `heads.HEADS`. A warning names their tensors. Such a model is saved as transformers writes a new one.
+        rngs: random keys for `fresh`, or a seed.
+        num_labels: how many labels the classifier has. Without `fresh` it must have as many already.
+        id2label: the labels' names, by number; label2id follows from them.
+        problem_type: "regression", "single_label_classification" or "multi_label_classification".
         revision: for the Hub: a branch, a tag or a commit.
         dtype: dtype of the matmuls' inputs; see `BertModel`.
         param_dtype: dtype of the parameters; default: `dtype`.
@@ -77,63 +89,61 @@ def from_pretrained(
 
     Raises:
         SourceError: files are missing or can't be read or fetched.
-        ConfigError: the configuration is not a BERT encoder's, or not usable.
+        ConfigError: the configuration is not a BERT encoder's, or not usable, or does not settle the class.
         CheckpointError: the tensors do not form the model. One error names every problem.
+        InputError: an option does not apply to the class, or the labels are not as many as the classifier has.
     """
     path = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
     dtype = check_dtype("dtype", dtype)
     param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
-    # The weights first: their format tells most plainly what a folder is.
-    weights = sources.open_weights(path)
-    config = read_config(weights.folder, ignore)
-    survey = names.survey(weights, prefix)
+    config, survey = open_checkpoint(path, prefix=prefix, untie=untie, ignore=ignore)
+    kind = class_of(config, survey) if kind is None else check_kind(kind)
+    parts = check_parts(kind, fresh)
+    if any(option is not None for option in (num_labels, id2label, problem_type)):
+        config = with_labels(config, num_labels=num_labels, id2label=id2label, problem_type=problem_type)
+        check_labels(kind, config, survey, parts)
     options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
-    if kind is BertModel:
-        options["add_pooling_layer"] = bert.has_pooler(survey) if add_pooling_layer is None else add_pooling_layer
+    if issubclass(kind, BertModel):
+        options["add_pooling_layer"] = _has_pooler(survey, parts, add_pooling_layer)
     elif add_pooling_layer is not None:
         raise InputError(f"add_pooling_layer applies to BertModel; whether {kind.__name__} has a pooler is settled")
     else:
-        check_head_fields(config, weights.folder)
-    if untie:
-        config, survey = untied(config, survey)
+        check_head_fields(config, survey.weights.folder)
     graphdef, shapes = abstract(lambda: kind(config, rngs=nnx.Rngs(0), **options))
-    plan = bert.match(survey, shapes)
-    # A pooler is left out only where the caller asks for it; a head is left out because there is nowhere to put it.
-    level = logging.WARNING if any("pooler" not in name for name in plan.unused) else logging.INFO
-    if weights.left_out:
-        logger.info("%s: left out: %s", weights.folder, ", ".join(weights.left_out))
-    if plan.unused:
-        logger.log(level, "%s: not used by %s: %s", weights.folder, kind.__name__, ", ".join(plan.unused))
-    model = _fill(graphdef, plan, param_dtype, sharding)
-    model.layout = plan.layout
+    slots = bert.slots_of(shapes)
+    missing = {slot.path for slot in slots if bert.part_of(slot.name) in parts}
+    with hinting(survey, slots):
+        survey, plan = match(survey, {path: shapes[path] for path in shapes if path not in missing}, untie)
+    _log(kind, survey, plan, names_of(slots, parts), replaced_names(survey, parts))
+    new = initialise(lambda rngs: kind(config, rngs=rngs, **options), missing, rngs)
+    model = fill(graphdef, plan, param_dtype, sharding, new)
+    # With a new part it is a new model: the checkpoint's names, shards and what they leave out are not its own.
+    model.layout = None if parts else plan.layout
     return model
 
 
-def read_config(folder: Path, ignore: Iterable[str] = ()) -> BertConfig:
-    """Reads a folder's config.json or, as Google's checkpoints have it, bert_config.json; see `BertConfig.from_hf`."""
-    return BertConfig.from_file(config_file(folder), ignore=ignore)
+def _has_pooler(survey: names.Survey, parts: Collection[str], asked: bool | None) -> bool:
+    """Whether a `BertModel` has a pooler: as the caller asks, or if there is one to read or to make."""
+    if "pooler" in parts and asked is False:
+        raise InputError("fresh='pooler' and add_pooling_layer=False contradict each other; leave one of them out")
+    return "pooler" in parts or bert.has_pooler(survey) if asked is None else asked
 
 
-def untied(config: BertConfig, survey: names.Survey) -> tuple[BertConfig, names.Survey]:
-    """A checkpoint whose masked-language-model head has a decoder of its own, whatever its configuration says."""
-    extra = {**config.extra, "tie_word_embeddings": False}
-    return dataclasses.replace(config, extra=extra), survey.with_decoder_bias()
-
-
-def check_head_fields(config: BertConfig, folder: Path) -> None:
-    """Asks for what a head needs of a configuration, so that an unusable value is an error that names the file."""
-    try:
-        _ = config.num_labels, config.classifier_dropout, config.tie_word_embeddings
-    except ConfigError as problem:
-        raise ConfigError(f"{config_file(folder)}: {problem}") from None
-
-
-def config_file(folder: Path) -> Path:
-    """The folder's configuration file, which need not exist."""
-    found = find(folder, "config.json") or find(folder, "bert_config.json")
-    return found or folder / "config.json"
+def _log(kind: type, survey: names.Survey, plan: bert.Plan, new: list[str], replaced: list[str]) -> None:
+    """Says what of a checkpoint is not in the model, and what of the model is not from the checkpoint."""
+    folder, left_out = survey.weights.folder, survey.weights.left_out
+    unused = [name for name in plan.unused if name not in replaced]
+    # A pooler is left out only where the caller asks for it; a head is left out because there is nowhere to put it.
+    level = logging.WARNING if any("pooler" not in name for name in unused) else logging.INFO
+    if left_out:
+        logger.info("%s: left out: %s", folder, ", ".join(left_out))
+    if unused:
+        logger.log(level, "%s: not used by %s: %s", folder, kind.__name__, ", ".join(unused))
+    if new:
+        instead = f", in the place of {', '.join(replaced)}" if replaced else ""
+        logger.warning("%s: new in %s, train before use: %s%s", folder, kind.__name__, ", ".join(new), instead)
 
 
 def save_pretrained(
@@ -165,10 +175,10 @@ def save_pretrained(
         CheckpointError: a parameter is NaN or infinite, or does not fit in `dtype`.
     """
     with atomic_folder(folder, force=force) as temporary:
-        _write_model(model, temporary, tokenizer, dtype, layout or model.layout, max_shard_size)
+        write_model(model, temporary, tokenizer, dtype, layout or model.layout, max_shard_size)
 
 
-def _write_model(
+def write_model(
     model: Model,
     folder: Path,
     tokenizer: Tokenizer | None,
@@ -176,132 +186,14 @@ def _write_model(
     layout: Layout | None,
     max_shard_size: int | str | None = None,
 ) -> None:
-    tree = {path: _to_dtype(path, np.asarray(array), dtype) for path, array in parameters(model)}
+    """Writes configuration, weights and, if given, the tokenizer's files into a folder; see `save_pretrained`."""
+    tree = {path: to_dtype(path, np.asarray(array), dtype) for path, array in parameters(model)}
     tensors = bert.tensors_of(bert.slots_of({path: array.shape for path, array in tree.items()}), tree)
     config = model.config.to_hf() | {"architectures": [type(model).__name__]}
     write_config(folder, config, next(iter(tree.values())).dtype.name)
     targets.write_torch(folder, tensors, layout or standard_layout(tensors), max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def load_sentence_encoder(
-    path_or_hub_id: str | Path,
-    *,
-    pooling: str | tuple[str, ...] | None = None,
-    max_seq_length: int | None = None,
-    truncate_dim: int | None = None,
-    step_tokens: int | None = None,
-    revision: str | None = None,
-    dtype: DType = jnp.float32,
-    param_dtype: DType | None = None,
-    sharding: jax.sharding.Sharding | jax.Device | None = None,
-    tokenizer_normalizer: str | None = None,
-    ignore: Iterable[str] = (),
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> SentenceEncoder:
-    """Loads a sentence-transformers folder, or any BERT folder if `pooling` says how to pool.
-
-    Args:
-        path_or_hub_id: a folder, or a repository on the Hub.
-        pooling: pooling mode(s) in the place of the folder's; needed where it has no modules.json.
-        max_seq_length: longest text in tokens, in the place of the folder's; longer texts lose their end.
-        truncate_dim: keep only that many leading numbers of every vector, in the place of the folder's.
-        step_tokens: see `SentenceEncoder`.
-        revision: see `from_pretrained`.
-        dtype: see `BertModel`.
-        param_dtype: dtype of the encoder's parameters; default: `dtype`.
-        sharding: see `from_pretrained`.
-        tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.
-        ignore: see `from_pretrained`.
-        token: see `hub.resolve`.
-        cache_dir: see `hub.resolve`.
-        local_files_only: see `hub.resolve`.
-
-    Raises:
-        SourceError, ConfigError, CheckpointError: see `from_pretrained`.
-        TokenizerError: the tokenizer's files are malformed or contradict one another.
-        InputError: the vectors have fewer than `truncate_dim` numbers.
-    """
-    folder = hub.resolve(
-        path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    if not folder.is_dir():
-        raise SourceError(f"{folder}: is a file, expected a model's folder, which also says how to pool")
-    if not find(folder, "modules.json"):
-        # What is no BERT at all is told so, before anybody is asked how to pool it.
-        sources.open_weights(folder)
-        read_config(folder, ignore)
-    spec = read_spec(folder, pooling)
-    asked = {"max_seq_length": max_seq_length, "truncate_dim": truncate_dim}
-    for name, value in asked.items():
-        if value is not None:
-            check_positive(name, value)
-    spec = dataclasses.replace(spec, **{name: value for name, value in asked.items() if value is not None})
-    tokenizer = Tokenizer.from_folder(
-        spec.transformer, normalizer=tokenizer_normalizer, do_lower_case=spec.do_lower_case
-    )
-    bert_model = from_pretrained(
-        spec.transformer,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        add_pooling_layer=False,
-        sharding=sharding,
-        ignore=ignore,
-    )
-    width = len(spec.pooling) * bert_model.config.hidden_size
-    modules = []
-    for module in spec.modules:
-        if module is not None:
-            modules.append(_load_dense(module, width, sharding))
-            width = module.out_features
-        else:
-            modules.append(Normalize())
-    model = SentenceModel(bert_model, pooling=spec.pooling, include_prompt=spec.include_prompt, modules=tuple(modules))
-    encoder = SentenceEncoder(model, tokenizer, spec, step_tokens=step_tokens)
-    encoder.output_dimension(truncate_dim)  # refuses more numbers than there are; a folder may say more and mean all
-    return encoder
-
-
-def _load_dense(spec: DenseSpec, width: int, sharding: Any) -> Dense:
-    """Loads a Dense module, whose input is `width` numbers wide."""
-    if spec.in_features != width:
-        raise ConfigError(f"{spec.folder}: in_features is {spec.in_features}, what comes before it gives {width}")
-    options = {"use_bias": spec.use_bias, "activation": spec.activation, "use_residual": spec.use_residual}
-    graphdef, shapes = abstract(lambda: Dense(spec.in_features, spec.out_features, rngs=nnx.Rngs(0), **options))
-    plan = bert.match_exactly(sources.open_weights(spec.folder), rules.expand(bert.DENSE_TABLE, shapes))
-    return _fill(graphdef, plan, np.dtype(np.float32), sharding)
-
-
-def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force: bool = False) -> None:
-    """Writes a sentence-transformers folder, which that library reads from version 2 on.
-
-    Args:
-        encoder: the encoder.
-        folder: the folder to make; it appears complete or not at all.
-        force: replace an existing model folder.
-
-    Raises:
-        SourceError: the folder exists already, or can't be written.
-        CheckpointError: a parameter is NaN or infinite.
-    """
-    model = encoder.model
-    with atomic_folder(folder, force=force) as temporary:
-        _write_model(model.bert, temporary, encoder.tokenizer, None, model.bert.layout)
-        for name, content in spec_files(encoder.spec, model.config.hidden_size, encoder.max_seq_length).items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        for position, module in enumerate(model.modules, start=2):
-            if isinstance(module, Dense):
-                _write_dense(module, temporary / f"{position}_Dense")
-
-
-def _write_dense(module: Dense, folder: Path) -> None:
-    tree = {path: _to_dtype(path, np.asarray(array), None) for path, array in parameters(module)}
-    slots = rules.expand(bert.DENSE_TABLE, {path: array.shape for path, array in tree.items()})
-    targets.write_torch(folder, bert.tensors_of(slots, tree), Layout())
 
 
 def abstract(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict[rules.Path, rules.Shape]]:
@@ -319,9 +211,16 @@ def abstract_model(config: BertConfig, **options: Any) -> tuple[nnx.GraphDef, di
     return abstract(lambda: BertModel(config, rngs=nnx.Rngs(0), **options))
 
 
-def _fill(graphdef: nnx.GraphDef, plan: bert.Plan, dtype: np.dtype, sharding: Any) -> Any:
-    """A module of this structure, its parameters read and placed one array at a time."""
-    arrays = ((path, jax.device_put(array, sharding)) for path, array in plan.arrays(dtype))
+def fill(
+    graphdef: nnx.GraphDef,
+    plan: bert.Plan,
+    dtype: np.dtype,
+    sharding: Any,
+    new: Mapping[rules.Path, jax.Array] = MappingProxyType({}),
+) -> Any:
+    """A module of this structure, its parameters read, but for new ones, and placed one array at a time."""
+    everything = itertools.chain(plan.arrays(dtype), new.items())
+    arrays = ((path, jax.device_put(array, sharding)) for path, array in everything)
     return nnx.merge(graphdef, rules.unflatten(arrays))
 
 
@@ -330,7 +229,8 @@ def parameters(model: nnx.Module) -> Iterable[tuple[rules.Path, Any]]:
     return rules.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
-def _to_dtype(path: rules.Path, array: np.ndarray, dtype: DType | None) -> np.ndarray:
+def to_dtype(path: rules.Path, array: np.ndarray, dtype: DType | None) -> np.ndarray:
+    """A parameter as it is written. Raises `CheckpointError` if it is not finite, or not in `dtype`."""
     if not np.isfinite(array).all():
         raise CheckpointError(f"{'/'.join(path)} holds NaN or infinity; such a model can't be used and is not saved")
     if dtype is None or array.dtype == dtype:

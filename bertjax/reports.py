@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from bertjax import hub
-from bertjax.conversion import read_checkpoint
+from bertjax.checkpoints import architecture, class_of
+from bertjax.conversion import Checkpoint, read_checkpoint
 from bertjax.convert import bert
-from bertjax.errors import InputError
+from bertjax.errors import ConfigError, InputError
 from bertjax.folders import find
 from bertjax.heads import BertWithHeads
 from bertjax.model import BertModel
@@ -81,6 +82,8 @@ def describe(
         f"parameters {len(plan.tensors)} tensors, {total:,} parameters, {dtypes}, "
         f"{'with' if bert.has_pooler(checkpoint.survey) else 'without'} pooler",
         f"heads      {', '.join(sorted(bert.heads_in(checkpoint.survey))) or 'none'}",
+        f"class      {_describe_class(checkpoint)}",
+        f"labels     {_describe_labels(checkpoint)}",
         f"files      {weights.format}, {', '.join(weights.files[:8])}, {weights.nbytes / 1e6:.1f} MB",
         f"unused     {', '.join(plan.unused) or 'none'}",
         f"sentences  {_describe_sentences(spec)}",
@@ -88,6 +91,24 @@ def describe(
     if list_parameters:
         lines += [f"{slot.name} {tensor.dtype.name}{list(slot.shape)}" for slot, tensor in plan.pairs()]
     return "\n".join(lines)
+
+
+def _describe_class(checkpoint: Checkpoint) -> str:
+    try:
+        return class_of(checkpoint.config, checkpoint.survey).__name__
+    except ConfigError as problem:
+        return f"not settled: {problem}"
+
+
+def _describe_labels(checkpoint: Checkpoint) -> str:
+    kind = architecture(checkpoint.config)
+    if "classifier" not in bert.heads_in(checkpoint.survey) or (kind and kind.labels):
+        return "none"
+    try:
+        names = checkpoint.config.id2label
+    except ConfigError as problem:
+        return f"unusable: {problem}"
+    return f"{len(names)}: {bert.a_few(names.values())}"
 
 
 def _describe_sentences(spec: SentenceSpec | None) -> str:

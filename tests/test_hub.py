@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import DATA
 
-from bertjax import SourceError
+from bertjax import SourceError, Tokenizer
 from bertjax.hub import resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -99,8 +99,8 @@ def run(hub, cache: Path, code: str, offline="0") -> subprocess.CompletedProcess
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    code = f"from bertjax import BertModel\nfrom bertjax.errors import *\nfrom bertjax.hub import resolve\n{code}"
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    names = "from bertjax import BertModel, Tokenizer\nfrom bertjax.errors import *\nfrom bertjax.hub import resolve\n"
+    return subprocess.run([sys.executable, "-c", names + code], env=environment, capture_output=True, text=True)
 
 
 def test_fetches_what_is_needed_and_loads_it(hub, tmp_path):
@@ -109,6 +109,15 @@ def test_fetches_what_is_needed_and_loads_it(hub, tmp_path):
     assert done.stdout.strip() == "16", done.stderr
     fetched = {path.split("/")[-1] for path in hub.requests if "/resolve/" in path}
     assert fetched == {"config.json", "model.safetensors"}
+
+
+def test_a_tokenizer_needs_no_weights(hub, tmp_path, vocab_file):
+    hub.files["vocab.txt"] = vocab_file.read_bytes()
+    done = run(hub, tmp_path, "print(Tokenizer.from_pretrained('acme/bert')(['the cat']).input_ids[0].tolist())")
+    expected = Tokenizer.from_vocab(vocab_file)(["the cat"]).input_ids[0].tolist()
+    assert done.stdout.strip() == str(expected), done.stderr
+    fetched = {path.split("/")[-1] for path in hub.requests if "/resolve/" in path}
+    assert fetched == {"config.json", "vocab.txt"}
 
 
 def test_the_cache_serves_offline(hub, tmp_path):

@@ -17,13 +17,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from oracle import require
 from safetensors.numpy import load_file, save_file
 
-from bertjax import BertConfig, BertForMaskedLM, BertModel, SentenceEncoder
+import bertjax
+from bertjax import BertConfig, BertForMaskedLM, BertModel, SentenceEncoder, describe
+from bertjax.checkpoints import class_of, open_checkpoint
 from bertjax.conversion import convert_checkpoint
 from bertjax.convert.files import INDEX_FILE, SINGLE_FILE
-from bertjax.convert.layout import Layout, is_head
+from bertjax.convert.layout import LAYOUT_FILE, Layout, is_head
 from bertjax.convert.sources import open_weights
 from bertjax.errors import CheckpointError, ConfigError, SourceError
-from bertjax.pretrained import parameters
+from bertjax.pretrained import from_pretrained, parameters
 
 PLAIN = DATA / "golden" / "plain"
 CONFIG = BertConfig.from_file(PLAIN / "config.json")
@@ -522,6 +524,134 @@ def test_a_model_with_a_head_is_written_as_transformers_would(tied, tmp_path):
         np.testing.assert_array_equal(again.eval()(torch.tensor(IDS)).logits.numpy(), expected)
     bound = tolerance(expected, SIZES["num_hidden_layers"])
     np.testing.assert_allclose(ours(IDS).logits, expected, rtol=0, atol=bound)
+
+
+HEADS = DATA / "heads"
+BY_NAME = {
+    "choice": "BertForMultipleChoice",
+    "masked_lm": "BertForMaskedLM",
+    "model": "BertModel",
+    "next_sentence": "BertForNextSentencePrediction",
+    "pretraining": "BertForPreTraining",
+    "question": "BertForQuestionAnswering",
+    "sequence": "BertForSequenceClassification",
+    "token": "BertForTokenClassification",
+    "untied": "BertForMaskedLM",
+}
+
+
+def class_found(path):
+    return class_of(*open_checkpoint(path)).__name__
+
+
+def relabelled(source, folder, **fields):
+    """A copy of a folder whose config.json has other fields; a field that is None is left out."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.bin*"))
+    config = json.loads((folder / "config.json").read_text()) | fields
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_class_is_the_one_that_the_config_names(name):
+    assert class_found(HEADS / name) == BY_NAME[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("masked_lm", "BertForMaskedLM"),
+        ("model", "BertModel"),
+        ("next_sentence", "BertForNextSentencePrediction"),
+        ("pretraining", "BertForPreTraining"),
+        ("question", "BertForQuestionAnswering"),
+        ("token", "BertForTokenClassification"),  # of those with a classifier the only one without a pooler
+    ],
+)
+def test_where_the_config_names_no_class_the_weights_may_settle_it(name, expected, tmp_path):
+    assert class_found(relabelled(HEADS / name, tmp_path / "none", architectures=None)) == expected
+    assert class_found(relabelled(HEADS / name, tmp_path / "empty", architectures=[])) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (DATA / "tf1" / "classifier", "BertForSequenceClassification"),
+        (DATA / "tf1" / "pretrained" / "bert_model.ckpt", "BertForPreTraining"),
+    ],
+    ids=["classifier", "pretrained"],
+)
+def test_googles_checkpoints_are_what_they_hold(path, expected):
+    config, survey = open_checkpoint(path)
+    assert class_of(config, survey).__name__ == expected
+    classifier = survey.tensors.get("classifier.bias")
+    assert classifier is None or config.num_labels == classifier.count
+
+
+@pytest.mark.parametrize(
+    ("name", "architectures", "message"),
+    [
+        ("masked_lm", ["BertLMHeadModel"], r"old checkpoints.*predictions head.*pass kind=BertForMaskedLM$"),
+        ("model", ["BertForJointThings"], r"\['BertForJointThings'\], which names no one class.*pass kind=BertModel$"),
+        ("masked_lm", ["BertForMaskedLM", "BertForPreTraining"], "names no one class.*pass kind=BertForMaskedLM$"),
+        ("sequence", None, "kind=BertForSequenceClassification or kind=BertForTokenClassification$"),
+        (
+            "choice",
+            None,
+            "kind=BertForSequenceClassification or kind=BertForMultipleChoice or kind=BertForTokenClassification$",
+        ),
+    ],
+)
+def test_a_class_that_is_not_settled_is_to_be_passed(name, architectures, message, tmp_path):
+    folder = relabelled(HEADS / name, tmp_path / "in", architectures=architectures)
+    with pytest.raises(ConfigError, match=f"in/config.json: .*{message}"):
+        from_pretrained(folder)
+
+
+def test_heads_of_no_one_class_are_left_to_the_caller(tmp_path):
+    folder = relabelled(HEADS / "token", tmp_path / "in", architectures=None)
+    more = {"qa_outputs.weight": np.ones((2, 8), np.float32), "qa_outputs.bias": np.ones(2, np.float32)}
+    save_file(load_file(folder / SINGLE_FILE) | more, folder / SINGLE_FILE)
+    with pytest.raises(ConfigError, match=r"classifier, qa_outputs head.*pass kind=BertModel, which leaves the heads"):
+        from_pretrained(folder)
+
+
+def test_a_head_is_loaded_with_its_class_and_told_by_info(tmp_path):
+    model = bertjax.from_pretrained(HEADS / "token")
+    assert type(model) is bertjax.BertForTokenClassification
+    assert type(BertModel.from_pretrained(HEADS / "token")) is BertModel
+    names = {str(label): f"tag{label}" for label in range(7)}
+    told = describe(relabelled(HEADS / "token", tmp_path / "in", id2label=names, label2id=None))
+    assert "\nclass      BertForTokenClassification\nlabels     7: tag0, tag1, tag2, tag3, tag4, tag5, tag6\n" in told
+    assert "\nclass      BertModel\nlabels     none\n" in describe(HEADS / "model")
+    unsettled = describe(relabelled(HEADS / "sequence", tmp_path / "unsettled", architectures=None))
+    assert "\nclass      not settled: " in unsettled
+    assert "\nlabels     none\n" in describe(HEADS / "choice")  # one score, which no label belongs to
+    unusable = describe(relabelled(HEADS / "token", tmp_path / "odd", id2label=names | {"6": 6}, label2id=None))
+    assert "\nlabels     unusable: id2label names label 6 6" in unusable
+
+
+def test_an_untied_decoder_from_flax_is_saved_with_the_bias_that_transformers_5_reads(tmp_path, caplog):
+    torch, transformers = require("torch"), require("transformers")
+    convert_checkpoint(HEADS / "untied", tmp_path / "flax", to="msgpack")
+    (tmp_path / "flax" / LAYOUT_FILE).unlink()  # as FlaxBert itself saved it
+    model = from_pretrained(tmp_path / "flax")
+    model.save_pretrained(tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / SINGLE_FILE)
+    assert tensors["cls.predictions.bias"].any()
+    assert tensors["cls.predictions.decoder.bias"].tobytes() == tensors["cls.predictions.bias"].tobytes()
+    theirs, info = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ids = IDS[:, :9] % 20
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(model(ids).logits, expected, rtol=0, atol=tolerance(expected, 3))
+    caplog.clear()
+    BertModel.from_pretrained(tmp_path / "flax")
+    (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "cls.predictions.bias" in message
+    assert "decoder.bias" not in message, "the file has no such tensor"
 
 
 @pytest.mark.parametrize("weights", ["safetensors", "bin"])

@@ -82,6 +82,13 @@ def has_pooler(survey: Survey) -> bool:
     return any(name in survey.tensors for name in _POOLER)
 
 
+def part_of(name: str) -> str | None:
+    """The part beside embeddings and layers that a tensor is of, by bertjax's name: "pooler" or a head; or None."""
+    if name in _POOLER:
+        return "pooler"
+    return "predictions" if name in TIES else _HEAD_OF.get(name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What becomes of every tensor of a file.
@@ -269,7 +276,7 @@ def match(survey: Survey, shapes: Mapping[Path, Shape]) -> Plan:
             problems += _buffer_problems(name, info)
         elif name in ties:
             problems += _tie_problems(name, info, survey.tensors.get(TIES[name]))
-        elif name not in _HEAD_OF and name not in TIES and name not in _POOLER:
+        elif part_of(name) is None:
             problems.append(_unexpected(info))
     problems += [_unexpected(info) for info in survey.strange]
     raise_if(survey.weights, problems, len(slots))

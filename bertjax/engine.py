@@ -1,0 +1,219 @@
+"""Texts through a model as a stream: tokenize, pack into a few fixed shapes, run, unpack, in input order.
+
+What the rows of tokens are made of and what is computed of a packed batch is up to the caller: sentence vectors, and
+every task from text to answer, go through here.
+"""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from bertjax.config import BertConfig
+from bertjax.errors import ConfigError
+from bertjax.packing import PackedBatch, Shapes, pack
+from bertjax.tokenizer import Tokenizer
+from bertjax.tokens import Tokens
+
+logger = logging.getLogger(__name__)
+
+# Tokens in one step. On a CPU a step has to be large enough for full-size matmuls and small enough that what passes
+# between them stays in the cache; an accelerator wants more work per launch.
+_STEP_TOKENS = {"cpu": 2048}
+_STEP_TOKENS_ACCELERATOR = 32768
+# A window is what is packed together: enough steps that the last, partly filled ones do not matter, and few enough
+# rows that memory stays flat on a corpus of any length.
+_WINDOW_STEPS = 32
+_WINDOW_ROWS = 65536
+_TOKENIZE_ITEMS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Some consecutive items as rows of tokens.
+
+    Attributes:
+        items: what they were made from.
+        tokens: the rows, one or more for each item, in order.
+        owners: int [rows]; which of the items a row belongs to.
+    """
+
+    items: list[Any]
+    tokens: Tokens
+    owners: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Some consecutive items with what was computed of them; the device may still be at it.
+
+    Attributes:
+        encoded: the items and their rows of tokens.
+        steps: the packed batches, and what the caller's function made of each.
+    """
+
+    encoded: Encoded
+    steps: list[tuple[PackedBatch, Any]]
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the rows have, special tokens included."""
+        return sum(map(len, self.encoded.tokens.input_ids))
+
+    @property
+    def num_positions(self) -> int:
+        """How many positions were computed, padding included; `num_tokens / num_positions` is the fill."""
+        return sum(batch.input_ids.size for batch, _ in self.steps)
+
+    def per_row(self) -> np.ndarray:
+        """Results [batch rows, segments, ...] of the steps as [rows, ...], in the order of the rows of tokens."""
+        parts = [(batch.items, np.asarray(result)[batch.rows, batch.segments]) for batch, result in self.steps]
+        ordered = np.empty((len(self.encoded.tokens), *parts[0][1].shape[1:]), parts[0][1].dtype)
+        for items, values in parts:
+            ordered[items] = values
+        return ordered
+
+    def per_token(self) -> list[np.ndarray]:
+        """Results [batch rows, length, ...] of the steps as [tokens, ...] for each row of tokens, in order."""
+        ids = self.encoded.tokens.input_ids
+        ordered: list[Any] = [None] * len(ids)
+        for batch, result in self.steps:
+            array = np.asarray(result)
+            for item, row, start in zip(batch.items, batch.rows, batch.starts, strict=True):
+                ordered[item] = array[row, start : start + len(ids[item])]
+        return ordered
+
+
+class Engine:
+    """Runs rows of tokens through a model, packed into a few fixed shapes.
+
+    Args:
+        config: the model's configuration.
+        tokenizer: the tokenizer that belongs to it.
+        max_length: the longest row in tokens; default: what the tokenizer says, or the model's positions, which are
+            the limit whatever is asked for.
+        step_tokens: tokens in one step of the device; default: by the kind of device.
+        source: where the model comes from, for messages.
+
+    Raises:
+        ConfigError: the tokenizer does not belong to the model, or a size is not usable.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        tokenizer: Tokenizer,
+        *,
+        max_length: int | None = None,
+        step_tokens: int | None = None,
+        source: Any = "the model",
+    ):
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ConfigError(
+                f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary "
+                f"ends at {config.vocab_size - 1}; they do not belong together"
+            )
+        for name, size in (("max_length", max_length), ("step_tokens", step_tokens)):
+            if size is not None:
+                check_positive(name, size)
+        positions = config.max_position_embeddings
+        limit = max_length or tokenizer.model_max_length or positions
+        special = tokenizer.num_special_tokens(pair=False)
+        if min(limit, positions) < special:
+            raise ConfigError(
+                f"{source}: at most {min(limit, positions)} tokens leave no room for the {special} special tokens"
+            )
+        if limit > positions:
+            logger.warning("texts are cut at the model's %d positions, not at %d tokens", positions, limit)
+        self.tokenizer = tokenizer
+        self.max_length = min(limit, positions)
+        self._step_tokens = step_tokens
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes that rows are packed into."""
+        return self._shapes(self.max_length)
+
+    def _shapes(self, max_length: int) -> Shapes:
+        default = _STEP_TOKENS.get(jax.default_backend(), _STEP_TOKENS_ACCELERATOR)
+        return Shapes(max_length=max_length, step_tokens=self._step_tokens or default)
+
+    def windows(
+        self,
+        items: Iterable[Any],
+        encode: Callable[[list[Any], int], Encoded],
+        run: Callable[[PackedBatch], Any],
+        *,
+        chunk: int = _TOKENIZE_ITEMS,
+        max_length: int | None = None,
+    ) -> Iterator[Window]:
+        """Runs a stream of items of any length; memory does not grow with it.
+
+        The next window is tokenized while the device still works on the last. Where `items` itself fails, or `encode`
+        refuses one, the windows before it are given first and the error is raised then.
+
+        Args:
+            items: the items.
+            encode: makes rows of tokens of some items, given them and the position of the first.
+            run: starts the computation on a packed batch.
+            chunk: how many items `encode` is given at a time.
+            max_length: the longest row that `encode` makes, where that is less than the engine's.
+        """
+        shapes = self.shapes if max_length is None else self._shapes(max_length)
+        running: list[Window] = []
+        try:
+            for encoded in _encoded(items, encode, chunk, _WINDOW_STEPS * shapes.step_tokens):
+                running.append(_start(encoded, run, shapes))
+                if len(running) > 1:
+                    yield running.pop(0)
+        except Exception:
+            yield from running
+            raise
+        yield from running
+
+
+def _encoded(items: Iterable[Any], encode: Callable, chunk: int, budget: int) -> Iterator[Encoded]:
+    """Encodes items by chunks and groups these into windows of about `budget` tokens."""
+    parts: list[Encoded] = []
+    position = size = 0
+    iterator = iter(items)
+    try:
+        while taken := list(itertools.islice(iterator, chunk)):
+            parts.append(encode(taken, position))
+            position += len(taken)
+            size += sum(map(len, parts[-1].tokens.input_ids))
+            if size >= budget or sum(len(part.tokens) for part in parts) >= _WINDOW_ROWS:
+                yield _join(parts)
+                parts, size = [], 0
+    except Exception:
+        if parts:
+            yield _join(parts)
+        raise
+    if parts:
+        yield _join(parts)
+
+
+def _start(encoded: Encoded, run: Callable[[PackedBatch], Any], shapes: Shapes) -> Window:
+    """Packs a window and starts its steps; the results are still being computed when this returns."""
+    tokens = encoded.tokens
+    batches = pack(tokens.input_ids, tokens.token_type_ids, shapes, tokens.pad_token_id)
+    return Window(encoded, [(batch, run(batch)) for batch in batches])
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises `ConfigError` if a size is not an integer of at least one."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, expected a positive integer")
+
+
+def _join(parts: list[Encoded]) -> Encoded:
+    firsts = np.cumsum([0, *(len(part.items) for part in parts[:-1])])
+    return Encoded(
+        items=[item for part in parts for item in part.items],
+        tokens=Tokens.join([part.tokens for part in parts]),
+        owners=np.concatenate([part.owners + first for part, first in zip(parts, firsts, strict=True)]),
+    )

@@ -1,0 +1,1 @@
+"""What people do with BERT's heads: texts in, answers out."""
