@@ -10,7 +10,9 @@ from bertjax.convert.tensors import inside
 from bertjax.errors import CheckpointError, ConfigError
 from bertjax.folders import find
 from bertjax.json_files import read_file, read_json
-from bertjax.sentence_files import read_spec
+from bertjax.sentence_files import DenseSpec, read_spec
+from bertjax.sparse_files import read_sparse_spec
+from bertjax.tasks.rank import CrossEncoder
 
 #: Beside the encoder, wherever that is.
 _TOKENIZER = (
@@ -35,7 +37,19 @@ def encoder_folder(folder: Path) -> Path:
     Raises:
         SourceError, ConfigError: see `sentence_files.read_spec`.
     """
-    return read_spec(folder).transformer if find(folder, "modules.json") else folder
+    return _read_spec(folder)[0] if find(folder, "modules.json") else folder
+
+
+def _read_spec(folder: Path) -> tuple[Path, tuple[DenseSpec | None, ...]]:
+    """The encoder's folder and the modules after the pooling, of any kind of model of sentence-transformers."""
+    file = find(folder, _SETTINGS)
+    model_type = None if file is None else read_json(file, ConfigError).get("model_type")
+    if model_type == "SparseEncoder":
+        return read_sparse_spec(folder).transformer, ()
+    if model_type == "CrossEncoder":
+        return CrossEncoder.read_folder(folder).transformer, ()
+    spec = read_spec(folder)
+    return spec.transformer, spec.modules
 
 
 def copy_side_files(source: Path, encoder: Path, target: Path) -> None:
@@ -57,12 +71,12 @@ def copy_side_files(source: Path, encoder: Path, target: Path) -> None:
     if find(source, "modules.json") is None:
         _copy(source, (_SETTINGS, _UNNAMED_MODULES), target)
         return
-    spec = read_spec(source)
-    if os.path.realpath(spec.transformer) != os.path.realpath(encoder):
+    transformer, modules = _read_spec(source)
+    if os.path.realpath(transformer) != os.path.realpath(encoder):
         return
     _copy(source, (_SETTINGS,), target)
     _copy_modules(source, encoder, target)
-    for dense in spec.modules:
+    for dense in modules:
         if dense is not None:
             _write_weights(dense.folder, target / dense.folder.relative_to(source))
 
