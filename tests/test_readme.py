@@ -22,9 +22,9 @@ def test_example(code, expected, minilm, tmp_path, monkeypatch):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 5
 
 
 def test_the_jax_example_is_short():
-    code = next(code for code, _ in EXAMPLES if "functional" in code)
+    code = next(code for code, _ in EXAMPLES if "shard_map" in code)
     assert len([line for line in code.splitlines() if line.strip()]) < 15
