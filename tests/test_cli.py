@@ -88,7 +88,7 @@ def test_no_texts_make_an_empty_array(sentence_folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "stdin", "message"),
     [
-        (["-m", "{model}", "missing.txt"], None, "missing.txt: no such file; to embed a text given here, use --text"),
+        (["-m", "{model}", "missing.txt"], None, "missing.txt: no such file; to pass a text itself, use --text"),
         (["-m", "/no/such", "-t", "x"], None, "/no/such: no such folder"),
         (["-m", "{model}", "-f", "a"], '{"a": "x"}\nnonsense', "standard input:2: not a line of JSON"),
         (["-m", "{model}", "-f", "a"], '{"b": "x"}', "standard input:1: a JSON object with a field 'a' was expected"),
