@@ -32,7 +32,7 @@ _HOMES = {
     "Label": "tasks.classification",
     "NextSentence": "tasks.next_sentence",
     "QuestionAnswering": "tasks.question_answering",
-    "RankedPassage": "tasks.rank",
+    "RankedDocument": "tasks.rank",
     "SentenceEncoder": "embedder",
     "SentenceModel": "sentence",
     "SourceError": "errors",

@@ -8,19 +8,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from bertjax.engine import Encoded, Engine, Window
+from bertjax.engine import Engine, Window, progress_bar
 from bertjax.errors import InputError
 from bertjax.packing import PackedBatch, Shapes, max_segments
-from bertjax.prompts import choose_prompt
+from bertjax.prompts import choose_prompt, encode_prompted
 from bertjax.sentence import SentenceModel
 from bertjax.sentence_files import SentenceSpec
 from bertjax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedWindow:
+class EncodedBatch:
     """The vectors of some consecutive texts.
 
     Attributes:
@@ -110,18 +109,16 @@ class SentenceEncoder:
         }
         if isinstance(texts, str):
             return self.encode([texts], show_progress_bar=False, **options)[0]
-        total = len(texts) if hasattr(texts, "__len__") else None
-        hidden = None if show_progress_bar is None else not show_progress_bar
         vectors = []
-        with tqdm(total=total, unit="text", disable=hidden, delay=2.0 if show_progress_bar is None else 0) as bar:
-            for window in self.encode_windows(texts, **options):
+        with progress_bar(texts, "text", show_progress_bar) as bar:
+            for window in self.encode_stream(texts, **options):
                 vectors.append(window.vectors)
                 bar.update(len(window.vectors))
         if not vectors:
             return np.zeros((0, self.output_dimension(truncate_dim)), np.float32)
         return np.concatenate(vectors)
 
-    def encode_windows(
+    def encode_stream(
         self,
         texts: Iterable[str],
         *,
@@ -129,7 +126,7 @@ class SentenceEncoder:
         prompt: str | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
-    ) -> Iterator[EncodedWindow]:
+    ) -> Iterator[EncodedBatch]:
         """Computes vectors as a stream, for more texts than fit in memory; see `encode` for the arguments.
 
         Where `texts` itself fails, or holds something that is not a text, the windows before it are given first and the
@@ -140,10 +137,8 @@ class SentenceEncoder:
         prompt = choose_prompt(self.spec.prompts, self.spec.default_prompt_name, prompt_name, prompt)
         dim = self.output_dimension(truncate_dim)
         prompt_length = self._prompt_length(prompt)
-        windows = self._engine.windows(
-            texts, functools.partial(self._encode, prompt=prompt), functools.partial(self._run, prompt_length)
-        )
-        for window in windows:
+        encode = functools.partial(encode_prompted, self.tokenizer, self.max_seq_length, prompt, "texts")
+        for window in self._engine.windows(texts, encode, functools.partial(self._run, prompt_length)):
             yield _finish(window, dim, normalize_embeddings)
 
     def tokenize(self, texts: Iterable[str], *, length: int | None = None) -> dict[str, np.ndarray]:
@@ -164,21 +159,9 @@ class SentenceEncoder:
 
         save_sentence_encoder(self, folder, **options)
 
-    def _encode(self, texts: list[str], position: int, *, prompt: str) -> Encoded:
-        # What is not a text is passed on as it is, for the tokenizer to refuse with its position.
-        prompted = [prompt + text if isinstance(text, str) else text for text in texts] if prompt else texts
-        tokens = self.tokenizer(prompted, max_length=self.max_seq_length, first_position=position)
-        return Encoded(texts, tokens, np.arange(len(texts)))
-
     def _run(self, prompt_length: int, batch: PackedBatch) -> jax.Array:
-        return self.model(
-            batch.input_ids,
-            token_type_ids=batch.token_type_ids,
-            position_ids=batch.position_ids,
-            segment_ids=batch.segment_ids,
-            prompt_length=prompt_length,
-            max_segments=max_segments(batch.input_ids.shape[1]),
-        )
+        segments = max_segments(batch.input_ids.shape[1])
+        return self.model(**batch.inputs(), prompt_length=prompt_length, max_segments=segments)
 
     def _prompt_length(self, prompt: str) -> int:
         """How many tokens a prompt takes at the head of a text: all but a closing special token."""
@@ -192,17 +175,17 @@ class SentenceEncoder:
         full = self.model.embedding_dimension
         if truncate_dim is None:
             return min(self.spec.truncate_dim or full, full)
-        if not isinstance(truncate_dim, int) or not 1 <= truncate_dim <= full:
+        if not isinstance(truncate_dim, int) or isinstance(truncate_dim, bool) or not 1 <= truncate_dim <= full:
             raise InputError(f"truncate_dim is {truncate_dim!r}, the vectors have {full} numbers")
         return truncate_dim
 
 
-def _finish(window: Window, dim: int, normalize: bool) -> EncodedWindow:
+def _finish(window: Window, dim: int, normalize: bool) -> EncodedBatch:
     """Waits for a window's steps and takes its vectors."""
     vectors = window.per_row()[:, :dim]
     if normalize:
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return EncodedWindow(
+    return EncodedBatch(
         vectors=vectors,
         tokens=window.num_tokens,
         truncated=window.encoded.tokens.truncated,

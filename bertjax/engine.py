@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from bertjax.config import BertConfig
-from bertjax.errors import ConfigError
+from bertjax.errors import ConfigError, InputError
 from bertjax.packing import PackedBatch, Shapes, pack
+from bertjax.text_inputs import as_integer
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
 
@@ -117,9 +119,8 @@ class Engine:
                 f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary "
                 f"ends at {config.vocab_size - 1}; they do not belong together"
             )
-        for name, size in (("max_length", max_length), ("step_tokens", step_tokens)):
-            if size is not None:
-                check_positive(name, size)
+        max_length = None if max_length is None else check_positive("max_length", max_length)
+        step_tokens = None if step_tokens is None else check_positive("step_tokens", step_tokens)
         positions = config.max_position_embeddings
         limit = max_length or tokenizer.model_max_length or positions
         special = tokenizer.num_special_tokens(pair=False)
@@ -183,9 +184,11 @@ def _encoded(items: Iterable[Any], encode: Callable, chunk: int, budget: int) ->
     iterator = iter(items)
     try:
         while taken := list(itertools.islice(iterator, chunk)):
-            parts.append(encode(taken, position))
+            encoded = encode(taken, position)
+            _check_rows(encoded, position)
+            parts.append(encoded)
             position += len(taken)
-            size += sum(map(len, parts[-1].tokens.input_ids))
+            size += sum(map(len, encoded.tokens.input_ids))
             if size >= budget or sum(len(part.tokens) for part in parts) >= _WINDOW_ROWS:
                 yield _join(parts)
                 parts, size = [], 0
@@ -197,6 +200,13 @@ def _encoded(items: Iterable[Any], encode: Callable, chunk: int, budget: int) ->
         yield _join(parts)
 
 
+def _check_rows(encoded: Encoded, position: int) -> None:
+    """Refuses a row without tokens, as a tokenizer that adds none of its own makes of a text without any."""
+    for owner, ids in zip(encoded.owners, encoded.tokens.input_ids, strict=True):
+        if not len(ids):
+            raise InputError(f"position {position + owner}: the tokenizer finds no token in the text, and adds none")
+
+
 def _start(encoded: Encoded, run: Callable[[PackedBatch], Any], shapes: Shapes) -> Window:
     """Packs a window and starts its steps; the results are still being computed when this returns."""
     tokens = encoded.tokens
@@ -204,10 +214,28 @@ def _start(encoded: Encoded, run: Callable[[PackedBatch], Any], shapes: Shapes) 
     return Window(encoded, [(batch, run(batch)) for batch in batches])
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises `ConfigError` if a size is not an integer of at least one."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def check_positive(name: str, value: Any) -> int:
+    """A size as an int. Raises `ConfigError` if it is not an integer of at least one."""
+    number = as_integer(value)
+    if number is None or number < 1:
         raise ConfigError(f"{name} is {value!r}, expected a positive integer")
+    return number
+
+
+def progress_bar(items: Any, unit: str, show: bool | None) -> tqdm:
+    """A progress bar for items that come in windows: `update` it with the length of each.
+
+    Args:
+        items: what is gone through; where it has a length, that is the total.
+        unit: what one item is called.
+        show: whether to show the bar; None for on a terminal, when it takes more than two seconds.
+    """
+    return tqdm(
+        total=len(items) if hasattr(items, "__len__") else None,
+        unit=unit,
+        disable=None if show is None else not show,
+        delay=2.0 if show is None else 0,
+    )
 
 
 def _join(parts: list[Encoded]) -> Encoded:

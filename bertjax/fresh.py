@@ -13,6 +13,7 @@ from bertjax.convert.names import Survey
 from bertjax.errors import CheckpointError, InputError
 from bertjax.heads import HEADS, BertWithHeads
 from bertjax.model import BertModel
+from bertjax.text_inputs import as_integer
 
 #: What can be made afresh.
 PARTS = (*HEADS, "pooler")
@@ -27,7 +28,10 @@ def check_kind(kind: type) -> type[BertModel] | type[BertWithHeads]:
 
 def check_parts(kind: type, fresh: str | Iterable[str]) -> frozenset[str]:
     """Returns the parts to make afresh. Raises `InputError` for one that the class does not have."""
-    parts = frozenset([fresh] if isinstance(fresh, str) else fresh)
+    names = [fresh] if isinstance(fresh, str) or not isinstance(fresh, Iterable) else list(fresh)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"fresh={fresh!r} is no name of a part of the model, nor several")
+    parts = frozenset(names)
     has = ("pooler",) if issubclass(kind, BertModel) else (*kind.heads, *(["pooler"] if kind.pooled else []))
     unknown = sorted(map(repr, parts - set(has)))
     if unknown:
@@ -48,7 +52,7 @@ def check_labels(kind: type, config: BertConfig, survey: Survey, parts: Collecti
 
 
 @contextlib.contextmanager
-def hinting(survey: Survey, slots: Collection[rules.Slot]) -> Iterator[None]:
+def hinting(kind: type, survey: Survey, slots: Collection[rules.Slot]) -> Iterator[None]:
     """Adds to an error of the block, if one of the model's parts is wholly absent, how to have it made."""
     try:
         yield
@@ -58,24 +62,22 @@ def hinting(survey: Survey, slots: Collection[rules.Slot]) -> Iterator[None]:
         if not absent:
             raise
         value = f'"{absent[0]}"' if len(absent) == 1 else str(tuple(absent)).replace("'", '"')
-        advice = f"the checkpoint has no {' and no '.join(absent)}; to make and train a new one pass fresh={value}"
+        make = f"{kind.__name__}.from_pretrained(..., fresh={value})"
+        advice = f"the checkpoint has no {' and no '.join(absent)}; for a new one, to be trained, call {make}"
         if absent != ["pooler"]:
-            advice += ", to do without load BertModel"
+            advice += "; to do without, load BertModel"
         raise CheckpointError(f"{problem}; {advice}") from None
 
 
 def initialise(
-    make: Callable[[nnx.Rngs], nnx.Module], paths: Collection[rules.Path], rngs: nnx.Rngs | int
+    make: Callable[[nnx.Rngs], nnx.Module], paths: Collection[rules.Path], key: jax.Array | None
 ) -> dict[rules.Path, jax.Array]:
     """Some of a new model's parameters. The others are never allocated: the compiler drops what is not returned.
 
     Args:
         make: makes the module.
         paths: the parameters to return.
-        rngs: random keys, or a seed.
-
-    Raises:
-        InputError: `rngs` is neither, or has no key for parameters.
+        key: a random key, needed if there are any.
     """
     if not paths:
         return {}
@@ -85,14 +87,16 @@ def initialise(
         found = rules.flatten(nnx.to_pure_dict(nnx.state(make(nnx.Rngs(params=key)), nnx.Param)))
         return {path: array for path, array in found if path in paths}
 
-    return build(_key(rngs))
+    return build(key)
 
 
-def _key(rngs: nnx.Rngs | int) -> jax.Array:
-    if type(rngs) is int:
-        rngs = nnx.Rngs(rngs)
+def key_of(rngs: nnx.Rngs | int) -> jax.Array:
+    """A random key for parameters, of random keys or a seed. Raises `InputError` for anything else."""
+    seed = as_integer(rngs)
+    if seed is not None and 0 <= seed < 1 << 32:  # what a key holds: of a larger one the rest would be dropped
+        rngs = nnx.Rngs(seed)
     if not isinstance(rngs, nnx.Rngs):
-        raise InputError(f"rngs={rngs!r} is neither nnx.Rngs nor a seed")
+        raise InputError(f"rngs={rngs!r} is neither nnx.Rngs nor a seed from 0 to {(1 << 32) - 1}")
     try:
         return rngs.params()
     except AttributeError:

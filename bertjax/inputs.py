@@ -53,6 +53,8 @@ def check_inputs(
             f"{tokens.name} is {tokens.shape[1]} tokens long, the model has {config.max_position_embeddings} "
             "positions; truncate the text or split it"
         )
+    if segment_ids is not None:
+        _check_runs(_as_array("segment_ids", segment_ids))
     if position_ids is None and segment_ids is not None:
         _check_segment_lengths(_as_array("segment_ids", segment_ids), config.max_position_embeddings)
     mask = None if attention_mask is None else _check_mask(attention_mask, tokens)
@@ -152,8 +154,9 @@ def is_integer(value: Any) -> bool:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuses what is not a positive integer, with an InputError."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+    """Refuses what is not a positive int32, with an InputError."""
+    usable = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not usable or not 1 <= value <= np.iinfo(np.int32).max:
         raise InputError(f"{name} is {value!r}, expected a positive integer")
 
 
@@ -298,6 +301,24 @@ def _refuse_other_than_integers(name: str, array: Any) -> None:
 def _has_values(array: Any) -> bool:
     """Whether an array can be looked into: it is not being traced, and all of it is on this process's devices."""
     return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
+def _check_runs(segments: Any) -> None:
+    """Refuses a segment whose tokens do not stand together: they would see one another across what is between."""
+    if segments.ndim != 2 or not _has_values(segments):
+        return
+    host = np.asarray(segments)
+    starts = np.pad(host[:, 1:] != host[:, :-1], ((0, 0), (1, 0)), constant_values=True) & (host != 0)
+    rows, columns = np.nonzero(starts)
+    order = np.lexsort((columns, host[starts], rows))
+    ids, row = host[starts][order], rows[order]
+    again = np.flatnonzero((row[1:] == row[:-1]) & (ids[1:] == ids[:-1])) + 1
+    if again.size:
+        where = order[again[0]]
+        raise InputError(
+            f"segment_ids[{rows[where]}, {columns[where]}] is {host[rows[where], columns[where]]} again, after another "
+            "segment; the tokens of a segment stand together"
+        )
 
 
 def _check_segment_lengths(segments: Any, positions: int) -> None:

@@ -334,11 +334,32 @@ class BertPredictionHead(nnx.Module):
 
     def __call__(self, hidden: jax.Array, words: jax.Array) -> jax.Array:
         """Maps float32 [..., hidden] and the word embeddings [vocab, hidden] to [..., vocab]."""
-        x = self.transform(hidden)
+        return self.scores(self.transform(hidden), words)
+
+    def scores(
+        self, states: jax.Array, words: jax.Array, start: jax.Array | int = 0, size: int | None = None
+    ) -> jax.Array:
+        """Compares transformed states with the words from `start` on.
+
+        Args:
+            states: float32 [..., hidden], what `transform` returns.
+            words: the word embeddings [vocab, hidden], which a head that is not tied does not read.
+            start: the first word; with a size, so that all of them exist.
+            size: how many words; default: all of the vocabulary.
+
+        Returns:
+            Logits, float32 [..., size].
+        """
+
+        def part(x: jax.Array, axis: int) -> jax.Array:
+            return x if size is None else lax.dynamic_slice_in_dim(x, start, size, axis)
+
+        x = states.astype(self.dtype)
+        # The part is taken before the cast, which would touch every row of the vocabulary.
         if self.decoder is None:
-            x, kernel = x.astype(self.dtype), words.astype(self.dtype).T
-            precision = matmul_precision(self.dtype)
-            scores = jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
+            kernel = part(words, 0).astype(self.dtype).T
         else:
-            scores = self.decoder(x)
-        return scores + self.bias[...].astype(jnp.float32)
+            kernel = part(self.decoder.kernel[...], 1).astype(self.dtype)
+        options = {"precision": matmul_precision(self.dtype), "preferred_element_type": jnp.float32}
+        logits = jnp.matmul(x, kernel, **options)
+        return logits + part(self.bias[...], 0).astype(jnp.float32)

@@ -156,7 +156,7 @@ class BertModel(nnx.Module):
             position_ids: int [batch, length]. Default: counted from the start of the row or, with `segment_ids`, from
                 the start of the segment. Relative positions allow of no others.
             segment_ids: int [batch, length], for several texts packed into a row: a token attends only to tokens of
-                its own segment. Segments are runs of equal numbers; 0 marks padding. Default: a row is one text.
+                its own segment. A segment's tokens stand together; 0 marks padding. Default: a row is one text.
             inputs_embeds: float [batch, length, hidden], in the place of `input_ids` and of their word embeddings.
             head_mask: float, int or bool [heads] or [layers, heads]; multiplies each head's attention weights, so that
                 0 takes a head out. Default: 1 for every head.
@@ -249,6 +249,8 @@ def check_max_segments(model: BertModel, max_segments: int | None, segment_ids: 
     check_count("max_segments", max_segments)
     if segment_ids is None:
         raise InputError("max_segments says how many segments of a row are read; pass segment_ids with it")
+    if max_segments > (length := jnp.shape(segment_ids)[-1]):
+        raise InputError(f"max_segments is {max_segments}, and a row of {length} tokens has no more than {length}")
     if model.pooler is None:
         raise InputError("max_segments says how many segments the pooler reads, and this model has no pooler")
 
@@ -291,9 +293,9 @@ def functional(model: nnx.Module) -> tuple[Any, dict]:
 
     Returns:
         `apply` and `params`: `apply(params, *args, **kwargs)` computes `model(*args, **kwargs)`, an array for a
-        `SentenceModel`, a `BertOutput` for a `BertModel`, logits for a model with heads. It has no side effects and
-        composes with `jit`, `grad`, `vmap` (over an axis in front of the batch) and `shard_map`; `params` is a nested
-        dict of arrays.
+        `SentenceModel`, a `BertOutput` for a `BertModel`, and what its class says for a model with heads. It has no
+        side effects and composes with `jit`, `grad`, `vmap` (over an axis in front of the batch) and `shard_map`;
+        `params` is a nested dict of arrays.
 
     Raises:
         InputError: `model` is not a module.

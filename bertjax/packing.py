@@ -79,6 +79,17 @@ class PackedBatch:
     segments: np.ndarray
     starts: np.ndarray
 
+    def inputs(self) -> dict[str, np.ndarray]:
+        """A model's arguments by their names: input_ids, token_type_ids, position_ids, segment_ids."""
+        names = ("input_ids", "token_type_ids", "position_ids", "segment_ids")
+        return {name: getattr(self, name) for name in names}
+
+    def owners(self, padding: int) -> np.ndarray:
+        """Which text each position belongs to, int32 [rows, length]: its index in `items`, or `padding` for none."""
+        table = np.full((len(self.segment_ids), self.segment_ids.max() + 1), padding, np.int32)
+        table[self.rows, self.segments + 1] = np.arange(len(self.items))
+        return np.take_along_axis(table, self.segment_ids, axis=1)
+
 
 @dataclasses.dataclass
 class _Row:

@@ -20,7 +20,7 @@ from bertjax.config import BertConfig
 from bertjax.convert import bert, names, rules, targets
 from bertjax.convert.layout import Layout, standard_layout
 from bertjax.errors import CheckpointError, InputError
-from bertjax.fresh import check_kind, check_labels, check_parts, hinting, initialise, names_of, replaced_names
+from bertjax.fresh import check_kind, check_labels, check_parts, hinting, initialise, key_of, names_of, replaced_names
 from bertjax.labels import with_labels
 from bertjax.layers import DType
 from bertjax.model import BertModel, check_dtype
@@ -101,6 +101,7 @@ def from_pretrained(
     config, survey = open_checkpoint(path, prefix=prefix, untie=untie, ignore=ignore)
     kind = class_of(config, survey) if kind is None else check_kind(kind)
     parts = check_parts(kind, fresh)
+    key = key_of(rngs) if parts else None
     if any(option is not None for option in (num_labels, id2label, problem_type)):
         config = with_labels(config, num_labels=num_labels, id2label=id2label, problem_type=problem_type)
         check_labels(kind, config, survey, parts)
@@ -114,10 +115,10 @@ def from_pretrained(
     graphdef, shapes = abstract(lambda: kind(config, rngs=nnx.Rngs(0), **options))
     slots = bert.slots_of(shapes)
     missing = {slot.path for slot in slots if bert.part_of(slot.name) in parts}
-    with hinting(survey, slots):
+    with hinting(kind, survey, slots):
         survey, plan = match(survey, {path: shapes[path] for path in shapes if path not in missing}, untie)
     _log(kind, survey, plan, names_of(slots, parts), replaced_names(survey, parts))
-    new = initialise(lambda rngs: kind(config, rngs=rngs, **options), missing, rngs)
+    new = initialise(lambda rngs: kind(config, rngs=rngs, **options), missing, key)
     model = fill(graphdef, plan, param_dtype, sharding, new)
     # With a new part it is a new model: the checkpoint's names, shards and what they leave out are not its own.
     model.layout = None if parts else plan.layout

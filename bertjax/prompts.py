@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+
+from bertjax.engine import Encoded
 from bertjax.errors import InputError
+from bertjax.text_inputs import check_text
+from bertjax.tokenizer import Tokenizer
 
 
 def choose_prompt(prompts: Mapping[str, str], default: str | None, name: str | None, prompt: str | None) -> str:
@@ -30,3 +35,25 @@ def choose_prompt(prompts: Mapping[str, str], default: str | None, name: str | N
             f"prompt_name {name!r} is not one of the model's prompts ({known}); pass prompt= (or --prompt)"
         )
     return prompts[name]
+
+
+def encode_prompted(
+    tokenizer: Tokenizer, max_length: int, prompt: str, name: str, texts: list[str], position: int
+) -> Encoded:
+    """A row of tokens for each text, with a prompt put before it.
+
+    Args:
+        tokenizer: the tokenizer.
+        max_length: the longest row in tokens; a longer one loses its end.
+        prompt: what `choose_prompt` returns.
+        name: what the caller calls the texts, for messages.
+        texts: the texts, as they were given.
+        position: that of the first one, for messages.
+
+    Raises:
+        InputError: something in `texts` is not a text, with its position.
+    """
+    for index, text in enumerate(texts, position):
+        check_text(f"{name}[{index}]", text)
+    tokens = tokenizer([prompt + text for text in texts], max_length=max_length, first_position=position)
+    return Encoded(texts, tokens, np.arange(len(texts)))

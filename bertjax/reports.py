@@ -10,12 +10,15 @@ from bertjax import hub
 from bertjax.checkpoints import architecture, class_of
 from bertjax.conversion import Checkpoint, read_checkpoint
 from bertjax.convert import bert
+from bertjax.cross_encoder_files import CrossEncoderSpec
 from bertjax.errors import ConfigError, InputError
 from bertjax.folders import find
 from bertjax.heads import BertWithHeads
 from bertjax.model import BertModel
 from bertjax.pretrained import parameters
-from bertjax.sentence_files import SentenceSpec, read_spec
+from bertjax.sentence_files import SentenceSpec
+from bertjax.sparse_files import SparseSpec
+from bertjax.specs import read_any_spec
 
 
 def named_parameters(model: BertModel) -> dict[str, jax.ShapeDtypeStruct]:
@@ -68,7 +71,7 @@ def describe(
     path = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    spec = read_spec(path) if path.is_dir() and find(path, "modules.json") else None
+    spec = read_any_spec(path) if path.is_dir() and find(path, "modules.json") else None
     checkpoint = read_checkpoint(path if spec is None else spec.transformer, prefix=prefix, ignore=ignore)
     config, plan, weights = checkpoint.config, checkpoint.plan, checkpoint.weights
     total = sum(tensor.count for tensor in plan.tensors)
@@ -86,7 +89,7 @@ def describe(
         f"labels     {_describe_labels(checkpoint)}",
         f"files      {weights.format}, {', '.join(weights.files[:8])}, {weights.nbytes / 1e6:.1f} MB",
         f"unused     {', '.join(plan.unused) or 'none'}",
-        f"sentences  {_describe_sentences(spec)}",
+        _describe_use(spec),
     ]
     if list_parameters:
         lines += [f"{slot.name} {tensor.dtype.name}{list(slot.shape)}" for slot, tensor in plan.pairs()]
@@ -111,10 +114,18 @@ def _describe_labels(checkpoint: Checkpoint) -> str:
     return f"{len(names)}: {bert.a_few(names.values())}"
 
 
-def _describe_sentences(spec: SentenceSpec | None) -> str:
+def _describe_use(spec: SentenceSpec | SparseSpec | CrossEncoderSpec | None) -> str:
     if spec is None:
-        return "nothing says how to pool (no modules.json); pass pooling= or --pooling"
+        return "sentences  nothing says how to pool (no modules.json); pass pooling= or --pooling"
+    if isinstance(spec, CrossEncoderSpec):
+        return f"pairs      cross-encoder, {_describe_limit(spec)}, activation {spec.activation or 'by the labels'}"
+    if isinstance(spec, SparseSpec):
+        return f"sparse     SPLADE, {spec.pooling_strategy}, {spec.activation_function}; {_describe_limit(spec)}"
     steps = ["Normalize" if module is None else f"Dense to {module.out_features}" for module in spec.modules]
-    limit = f"at most {spec.max_seq_length} tokens" if spec.max_seq_length else "as long as positions allow"
     prompts = f"prompts {', '.join(map(repr, spec.prompts))}" if spec.prompts else "no prompts"
-    return "; ".join([", ".join([f"pooling {' + '.join(spec.pooling)}", *steps]), limit, prompts])
+    pooling = ", ".join([f"pooling {' + '.join(spec.pooling)}", *steps])
+    return f"sentences  {pooling}; {_describe_limit(spec)}; {prompts}"
+
+
+def _describe_limit(spec: SentenceSpec | SparseSpec | CrossEncoderSpec) -> str:
+    return f"at most {spec.max_seq_length} tokens" if spec.max_seq_length else "as long as positions allow"

@@ -10,9 +10,8 @@ from bertjax.convert.tensors import inside
 from bertjax.errors import CheckpointError, ConfigError
 from bertjax.folders import find
 from bertjax.json_files import read_file, read_json
-from bertjax.sentence_files import DenseSpec, read_spec
-from bertjax.sparse_files import read_sparse_spec
-from bertjax.tasks.rank import CrossEncoder
+from bertjax.sentence_files import SentenceSpec
+from bertjax.specs import read_any_spec
 
 #: Beside the encoder, wherever that is.
 _TOKENIZER = (
@@ -35,21 +34,9 @@ def encoder_folder(folder: Path) -> Path:
     """The folder that holds the encoder: the one that modules.json names or, where there is none, this one.
 
     Raises:
-        SourceError, ConfigError: see `sentence_files.read_spec`.
+        SourceError, ConfigError: see `specs.read_any_spec`.
     """
-    return _read_spec(folder)[0] if find(folder, "modules.json") else folder
-
-
-def _read_spec(folder: Path) -> tuple[Path, tuple[DenseSpec | None, ...]]:
-    """The encoder's folder and the modules after the pooling, of any kind of model of sentence-transformers."""
-    file = find(folder, _SETTINGS)
-    model_type = None if file is None else read_json(file, ConfigError).get("model_type")
-    if model_type == "SparseEncoder":
-        return read_sparse_spec(folder).transformer, ()
-    if model_type == "CrossEncoder":
-        return CrossEncoder.read_folder(folder).transformer, ()
-    spec = read_spec(folder)
-    return spec.transformer, spec.modules
+    return read_any_spec(folder).transformer if find(folder, "modules.json") else folder
 
 
 def copy_side_files(source: Path, encoder: Path, target: Path) -> None:
@@ -71,12 +58,12 @@ def copy_side_files(source: Path, encoder: Path, target: Path) -> None:
     if find(source, "modules.json") is None:
         _copy(source, (_SETTINGS, _UNNAMED_MODULES), target)
         return
-    transformer, modules = _read_spec(source)
-    if os.path.realpath(transformer) != os.path.realpath(encoder):
+    spec = read_any_spec(source)
+    if os.path.realpath(spec.transformer) != os.path.realpath(encoder):
         return
     _copy(source, (_SETTINGS,), target)
     _copy_modules(source, encoder, target)
-    for dense in modules:
+    for dense in spec.modules if isinstance(spec, SentenceSpec) else ():
         if dense is not None:
             _write_weights(dense.folder, target / dense.folder.relative_to(source))
 

@@ -10,15 +10,36 @@ from bertjax.errors import InputError, TokenizerError
 from bertjax.tokenizer_files import shorten
 
 
+def as_integer(value: Any) -> int | None:
+    """An integer, numpy's included, as an int; None for a bool and for whatever else has no exact one."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def whole_number(value: Any, name: str) -> int:
     """A number from 0 as an int; whatever has no exact one is refused by `name`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = -1
-    if isinstance(value, bool) or number < 0:
+    number = as_integer(value)
+    if number is None or number < 0:
         raise InputError(f"{name} must be a whole number from 0, not {value!r}")
     return number
+
+
+def check_text(name: str, text: Any) -> None:
+    """Raises `InputError` by `name` if something is no str, or one with a lone surrogate, which no tokenizer takes."""
+    _check_str(name, text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} has a lone surrogate, so is no text: {shorten(text)}") from None
+
+
+def _check_str(name: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {shorten(text)} of type {type(text).__name__}, not a str")
 
 
 def check_texts(
@@ -42,8 +63,7 @@ def _check_list(texts: Any, name: str, first_position: int) -> list[str]:
         raise InputError(f"{name} must be a list of str, not {type(texts).__name__}")
     texts = list(texts)
     for position, text in enumerate(texts, first_position):
-        if not isinstance(text, str):
-            raise InputError(f"{name}[{position}] is {shorten(text)} of type {type(text).__name__}, not a str")
+        _check_str(f"{name}[{position}]", text)
     return texts
 
 
@@ -53,8 +73,7 @@ def raise_for_input(
     """Say which input a failed batch failed on: the library doesn't."""
     for position, item in enumerate(inputs, first_position):
         for name, text in zip(("texts", "pairs"), item if isinstance(item, tuple) else (item,), strict=False):
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"{name}[{position}] has a lone surrogate, so is no text: {shorten(text)}") from error
+            check_text(f"{name}[{position}]", text)
         try:
             backend.encode_batch_fast([item])
         except Exception as cause:

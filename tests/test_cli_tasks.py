@@ -150,6 +150,9 @@ def test_rank(models, tmp_path):
     expected = task.rank(query, passages, top_k=3, return_documents=True)
     result = run("rank", "-m", folder, "-q", query, "--top-k", "3", stdin="\n".join(passages))
     assert_same(lines(result), as_json(expected))
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in passages))
+    fields = run("rank", "-m", folder, "-q", query, "--top-k", "3", "-f", "body", tmp_path / "docs.jsonl")
+    assert_same(lines(fields), as_json(expected))
     scores = run("rank", "-m", folder, pairs_file(tmp_path, "query", "passage"))
     assert_same(lines(scores), task(PAIRS))
 
@@ -162,10 +165,15 @@ def test_next_sentence(models, tmp_path):
 
 def test_sparse():
     task = SparseEncoder.from_pretrained(FOLDERS["fill_mask"])
-    result = run("sparse", "-m", FOLDERS["fill_mask"], "--max-active-dims", "4", stdin="the river\nstone")
-    vectors = task(["the river", "stone"], max_active_dims=4)
-    assert_same(lines(result), [dict(task.decode(vector)) for vector in vectors])
-    assert [list(line) for line in lines(result)] == [[word for word, _ in task.decode(vector)] for vector in vectors]
+    options = ["--max-active-dims", "4", "--prompt", "the "]
+    result = run("sparse", "-m", FOLDERS["fill_mask"], *options, stdin="the river\nstone")
+    for found, vector in zip(
+        lines(result), task(["the river", "stone"], max_active_dims=4, prompt="the "), strict=True
+    ):
+        assert found["tokens"] == [token for token, _ in task.decode(vector)]
+        np.testing.assert_allclose(found["values"], sorted(vector.values, reverse=True), rtol=0, atol=1e-6)
+        assert sorted(found["indices"]) == vector.indices.tolist()
+        assert [task.tokenizer.id_to_token(index) for index in found["indices"]] == found["tokens"]
 
 
 SCRIPT = DATA / "heads" / "generate.py"
@@ -175,7 +183,7 @@ MODEL = FOLDERS["classification"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fill-mask", "-m", FOLDERS["fill_mask"], "-t", "no mask"], "texts[0] has no [MASK]"),
+        (["fill-mask", "-m", FOLDERS["fill_mask"], "-t", "no mask"], "inputs[0] has no [MASK]"),
         (["fill-mask", "-m", MODEL, "-t", "[MASK]"], "a BertForSequenceClassification, and FillMask takes a BertForM"),
         (["tag", "-m", MODEL, "-t", "a"], "is a BertForSequenceClassification, and TokenClassification takes a"),
         (["tag", "-m", MODEL, "missing.txt"], "missing.txt: no such file"),
@@ -192,9 +200,13 @@ def test_what_can_not_be_answered_is_refused_in_one_line(arguments, message):
     ("arguments", "message"),
     [
         (["classify", "-m", MODEL, "--multi-label", "-t", "x"], "--multi-label goes with"),
+        (["classify", "-m", MODEL, "--hypothesis-template", "{}", "-t", "x"], "--hypothesis-template goes with"),
+        (["classify", "-m", MODEL, "-l", "a", "--top-k", "2", "-t", "x"], "--top-k does not go with --candidate-label"),
         (["classify", "-m", MODEL, "--pair-field", "x", "-t", "x"], "--pair-field goes with --field"),
         (["answer", "-m", FOLDERS["question_answering"], "-t", "x"], "--text goes with --question"),
-        (["rank", "-m", MODEL, "--top-k", "2", SCRIPT], "--text and --top-k go with --query"),
+        (["rank", "-m", MODEL, "--top-k", "2", SCRIPT], "--top-k goes with --query"),
+        (["rank", "-m", MODEL, "-q", "x", "--pair-field", "a", "-t", "x"], "--pair-field does not go with --query"),
+        (["answer", "-m", MODEL, "-q", "x", "--context-field", "a", "-t", "x"], "--context-field does not go with"),
         (["tag", "-m", MODEL, "-t", "x", "-o", "out.txt"], "expected a name that ends in .jsonl"),
     ],
 )

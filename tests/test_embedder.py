@@ -57,12 +57,12 @@ def test_lists_tuples_and_generators_are_alike(encoder):
 def test_no_texts(encoder):
     assert encoder.encode([]).shape == (0, 16)
     assert encoder.encode([], truncate_dim=3).shape == (0, 3)
-    assert list(encoder.encode_windows(iter(()))) == []
+    assert list(encoder.encode_stream(iter(()))) == []
 
 
 def test_empty_duplicate_and_over_long_texts(encoder):
     long = " ".join(["cat"] * 1000)
-    (window,) = encoder.encode_windows(["", "a cat", "", "a cat", long, " ".join(["cat"] * 148)])
+    (window,) = encoder.encode_stream(["", "a cat", "", "a cat", long, " ".join(["cat"] * 148)])
     np.testing.assert_allclose(window.vectors[0], window.vectors[2], rtol=0, atol=1e-6)
     np.testing.assert_allclose(window.vectors[1], window.vectors[3], rtol=0, atol=1e-6)
     assert window.truncated.tolist() == [False, False, False, False, True, False]
@@ -96,7 +96,7 @@ def test_what_is_not_a_list_of_texts_is_refused(encoder, texts):
 def test_a_stream_is_read_as_it_is_encoded(encoder):
     taken = itertools.count()
     endless = ("a cat sat" for _ in taken)
-    windows = encoder.encode_windows(endless)
+    windows = encoder.encode_stream(endless)
     first, second = next(windows), next(windows)
     assert len(first.vectors) == len(second.vectors) >= 1024
     assert next(taken) < 20_000
@@ -110,7 +110,7 @@ def test_a_stream_that_fails_gives_what_was_before(encoder, bad):
             raise bad
         yield bad
 
-    windows = encoder.encode_windows(texts())
+    windows = encoder.encode_stream(texts())
     found = [next(windows).vectors]
     with pytest.raises((InputError, OSError), match=r"the disk is gone|texts\[1024\] is None"):
         while True:

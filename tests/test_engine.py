@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertjax import BertConfig, Tokenizer
-from bertjax.engine import Encoded, Engine
-from bertjax.errors import ConfigError
+from bertjax.engine import Encoded, Engine, progress_bar
+from bertjax.errors import ConfigError, InputError
 from bertjax.tokenizer import Tokens
 
 CONFIG = BertConfig(
@@ -97,6 +97,7 @@ def test_what_came_before_an_error_is_given_first(engine):
 def test_the_longest_row_is_the_least_of_all_limits(tokenizer, caplog):
     assert Engine(CONFIG, tokenizer).max_length == 200
     assert Engine(CONFIG, tokenizer, max_length=20).max_length == 20
+    assert type(Engine(CONFIG, tokenizer, max_length=np.int64(20)).max_length) is int
     assert caplog.records == []
     assert Engine(CONFIG, tokenizer, max_length=201).max_length == 200
     assert "cut at the model's 200 positions, not at 201" in caplog.text
@@ -108,9 +109,27 @@ def test_the_longest_row_is_the_least_of_all_limits(tokenizer, caplog):
         ({"vocab_size": 20}, {}, "here: the tokenizer has ids up to .*, the model's vocabulary ends at 19"),
         ({}, {"max_length": 1}, "here: at most 1 tokens leave no room for the 2 special tokens"),
         ({}, {"step_tokens": 0}, "step_tokens is 0"),
+        ({}, {"step_tokens": True}, "step_tokens is True"),
         ({}, {"max_length": "20"}, "max_length is '20'"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(tokenizer, config, options, message):
     with pytest.raises(ConfigError, match=message):
         Engine(dataclasses.replace(CONFIG, **config), tokenizer, source="here", **options)
+
+
+def test_a_progress_bar_has_a_total_where_there_is_one(capsys):
+    for items, shown in (([1, 2, 3, 4], "3/4 "), (iter([1, 2, 3, 4]), "3text")):
+        with progress_bar(items, "text", show=True) as bar:
+            bar.update(3)
+        assert shown in capsys.readouterr().err
+    for show in (False, None):  # and None shows none where there is no terminal
+        with progress_bar([1], "text", show=show) as bar:
+            bar.update(1)
+        assert capsys.readouterr().err == ""
+
+
+def test_a_row_without_tokens_is_refused_with_its_position(engine):
+    items = [[3]] * 20 + [[2, 0]]
+    with pytest.raises(InputError, match="position 20: the tokenizer finds no token in the text"):
+        list(engine.windows(items, rows_of, lambda batch: batch.input_ids, chunk=8))

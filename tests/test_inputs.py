@@ -37,8 +37,12 @@ def changed(array, where, value):
         ((IDS, None, None, np.zeros((4,), int)), r"position_ids has shape \(4,\)"),
         ((IDS, None, None, None, np.full((2, 4), -1)), r"segment_ids\[0, 0\] is -1, outside"),
         (
-            (np.zeros((2, 20), int), None, None, None, np.repeat([[1, 2, 0], [1, 3, 1]], [5, 13, 2], axis=1)),
+            (np.zeros((2, 20), int), None, None, None, np.repeat([[1, 2, 0], [1, 3, 4]], [5, 13, 2], axis=1)),
             r"the segment at \[0, 5\] is longer than the model's 12 positions",
+        ),
+        (
+            (IDS, None, None, None, [[1, 1, 2, 2], [2, 0, 1, 2]]),
+            r"segment_ids\[1, 3\] is 2 again, after another segment",
         ),
     ],
 )

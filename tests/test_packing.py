@@ -34,6 +34,13 @@ def test_every_token_of_every_text_comes_back_once(case):
             np.testing.assert_array_equal(batch.position_ids[row][where], np.arange(len(texts[item])))
             # one unbroken run
             assert np.ptp(np.flatnonzero(where)) == len(texts[item]) - 1
+        owners = batch.owners(padding=-3)
+        assert owners.dtype == np.int32
+        assert (owners[~used] == -3).all()
+        for index, (row, segment) in enumerate(zip(batch.rows, batch.segments, strict=True)):
+            np.testing.assert_array_equal(owners[row] == index, batch.segment_ids[row] == segment + 1)
+        assert batch.inputs().keys() == {"input_ids", "token_type_ids", "position_ids", "segment_ids"}
+        assert all(array is getattr(batch, name) for name, array in batch.inputs().items())
         seen += batch.items.tolist()
         assert (batch.input_ids[~used] == -7).all()
         assert not batch.segment_ids[~used].any()

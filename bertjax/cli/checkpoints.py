@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-from bertjax.cli.common import Command, hub_options, printable
+from bertjax.cli.common import Command, hub_options, printable, refuse_options
 
 # Everything that takes a while to import (jax, flax) is imported by the command that needs it, so that --help and
 # mistyped options answer at once.
@@ -66,9 +65,7 @@ def convert(source: str, target: Path | None, check: Path | None, **options: Any
     if check is not None:
         if target is not None:
             raise click.UsageError("--check takes one folder, the one that was converted to")
-        given = click.get_current_context().get_parameter_source
-        if any(given(name) is ParameterSource.COMMANDLINE for name in options):
-            raise click.UsageError("--check goes with no other option")
+        refuse_options(*options, because="does not go with --check, which goes with no other option")
         from bertjax.convert import certificate
 
         click.echo(certificate.check(check, Path(source)))

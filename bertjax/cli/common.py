@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import click
 import numpy as np
+from click.core import ParameterSource
 from tqdm import tqdm
 
 from bertjax.atomic import atomic_file
@@ -54,6 +55,19 @@ class Command(click.Command):
             if ctx.find_root().params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             raise click.ClickException(printable(" ".join(str(error).split("\n")))) from None
+
+
+def refuse_options(*names: str, because: str) -> None:
+    """Refuses options of the running command that would have no effect.
+
+    Args:
+        names: the parameters, as the command calls them.
+        because: when they have one, for the message.
+    """
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[-1]} {because}")
 
 
 def check_sources(files: Sequence[Path], given: Sequence[str], field: str | None = None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
+import numpy as np
 
 from bertjax.cli.common import (
     MODEL_HELP,
@@ -19,6 +20,7 @@ from bertjax.cli.common import (
     read_documents,
     read_records,
     read_texts,
+    refuse_options,
     report,
 )
 
@@ -27,18 +29,8 @@ _FIELD = click.option("-f", "--field", metavar="NAME", help="Read JSON lines, an
 _TEXT = click.option("-t", "--text", "given", multiple=True, metavar="TEXT", help="A text, instead of a file. "
                      "Repeatable.")  # fmt: skip
 
-
-def _pair_options(first: str, second: str) -> Callable[[Callable], Callable]:
-    def add(command: Callable) -> Callable:
-        for option in (
-            click.option("--pair-field", metavar="NAME", default=second, show_default=True, help="Its second text."),
-            click.option("-f", "--field", metavar="NAME", default=first, show_default=True, help="The field of the "
-                         "JSON lines that holds a pair's first text."),
-        ):  # fmt: skip
-            command = option(command)
-        return command
-
-    return add
+_MAX_LENGTH = click.option("--max-length", type=click.IntRange(1), metavar="N", help="The most tokens that are read "
+                           "together. Default: the model's own limit.")  # fmt: skip
 
 
 def _task_options(command: Callable) -> Callable:
@@ -49,8 +41,6 @@ def _task_options(command: Callable) -> Callable:
                      help="Which file to believe where the two disagree."),
         click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                      show_default=True, help="Precision of the matrix products; sums and scores are float32."),
-        click.option("--max-length", type=click.IntRange(1), metavar="N", help="The most tokens that are read "
-                     "together. Default: the model's own limit."),
         click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                      help="A .jsonl file to write; it appears whole or not at all. Default: standard output."),
         click.option("-m", "--model", required=True, metavar="MODEL", help=MODEL_HELP),
@@ -67,7 +57,7 @@ def _run(
     as_json: Callable[[Any], Any] = lambda answer: answer,
 ) -> None:
     """Answers inputs as they come, a JSON line each, so that memory does not grow with their number."""
-    windows = report(task.windows(inputs, **options or {}), lambda window: len(window.answers))
+    windows = report(task.stream(inputs, **options or {}), lambda window: len(window.answers))
     with opened_output(output) as file:
         for window in windows:
             for answer in window.answers:
@@ -81,6 +71,7 @@ def _write(file: BinaryIO, answer: Any) -> None:
 
 @click.command("fill-mask", cls=Command, short_help="Guess the words behind [MASK].")
 @_task_options
+@_MAX_LENGTH
 @_FIELD
 @_TEXT
 @click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="How many words.")
@@ -108,6 +99,7 @@ def fill_mask(
 
 @click.command(cls=Command, short_help="Label texts, or pairs of texts.")
 @_task_options
+@_MAX_LENGTH
 @_FIELD
 @click.option("--pair-field", metavar="NAME", help="With --field: the second text of a pair.")
 @_TEXT
@@ -143,16 +135,16 @@ def classify(
     if given:
         inputs: Iterable[Any] = given
     else:
-        inputs = read_records(files, field, pair_field) if pair_field is not None else read_texts(files, field)
+        inputs = read_texts(files, field) if pair_field is None else read_records(files, field, pair_field)
     if candidate_labels:
+        refuse_options("top_k", "function_to_apply", because="does not go with --candidate-label")
         from bertjax.tasks.zero_shot import ZeroShotClassification
 
         options = {"candidate_labels": candidate_labels, "hypothesis_template": hypothesis_template}
         task = ZeroShotClassification.from_pretrained(model, **load_options)
         _run(task, inputs, output, options | {"multi_label": multi_label})
         return
-    if multi_label:
-        raise click.UsageError("--multi-label goes with --candidate-label; see --function-to-apply")
+    refuse_options("multi_label", "hypothesis_template", because="goes with --candidate-label")
     from bertjax.tasks.classification import TextClassification
 
     task = TextClassification.from_pretrained(model, **load_options)
@@ -161,6 +153,7 @@ def classify(
 
 @click.command(cls=Command, short_help="Find and label the entities in texts.")
 @_task_options
+@_MAX_LENGTH
 @_FIELD
 @_TEXT
 @click.option("--aggregation-strategy", type=click.Choice(["none", "simple", "first", "average", "max"]),
@@ -225,8 +218,10 @@ def answer(
     """
     check_sources(files, given)
     check_output(output, ".jsonl")
-    if given and question is None:
-        raise click.UsageError("--text goes with --question")
+    if question is None:
+        refuse_options("given", because="goes with --question")
+    else:
+        refuse_options("question_field", "context_field", because="does not go with --question")
     from bertjax.tasks.question_answering import QuestionAnswering
 
     task = QuestionAnswering.from_pretrained(model, **load_options)
@@ -242,14 +237,18 @@ def answer(
 
 @click.command(cls=Command, short_help="Rank passages for a query, with a cross-encoder.")
 @_task_options
+@_MAX_LENGTH
 @click.option("-q", "--query", metavar="TEXT", help="Rank the passages, one a line of FILES, for this query. Default: "
               "FILES are JSON lines, each with a query and a passage, and each pair gets a score.")  # fmt: skip
-@_pair_options("query", "passage")
+@click.option("-f", "--field", metavar="NAME", help="With --query: read JSON lines, and take the passage from this "
+              "field. Without: the field that holds the query.  [default: query]")  # fmt: skip
+@click.option("--pair-field", metavar="NAME", default="passage", show_default=True, help="Without --query: the field "
+              "that holds the passage.")  # fmt: skip
 @_TEXT
 @click.option("--top-k", type=click.IntRange(1), metavar="N", help="With --query: only the best N.")
 @_FILES
 def rank(
-    model: str, output: Path | None, query: str | None, field: str, pair_field: str, given: tuple[str, ...],
+    model: str, output: Path | None, query: str | None, field: str | None, pair_field: str, given: tuple[str, ...],
     files: tuple[Path, ...], top_k: int | None, **load_options: Any,
 ) -> None:  # fmt: skip
     """Scores how well passages answer a query, by reading both together.
@@ -261,17 +260,19 @@ def rank(
     bertjax rank -m cross-encoder/ms-marco-TinyBERT-L2-v2 -q "capital of France" passages.txt --top-k 3
     bertjax rank -m MODEL pairs.jsonl -o scores.jsonl
     """
-    check_sources(files, given)
+    check_sources(files, given, field)
     check_output(output, ".jsonl")
-    if query is None and (given or top_k is not None):
-        raise click.UsageError("--text and --top-k go with --query")
+    if query is None:
+        refuse_options("given", "top_k", because="goes with --query")
+    else:
+        refuse_options("pair_field", because="does not go with --query")
     from bertjax.tasks.rank import CrossEncoder
 
     task = CrossEncoder.from_pretrained(model, **load_options)
     if query is None:
-        _run(task, read_records(files, field, pair_field), output)
+        _run(task, read_records(files, field or "query", pair_field), output)
         return
-    passages = list(given or read_texts(files))
+    passages = list(given or read_texts(files, field))
     with opened_output(output) as file:
         for ranked in task.rank(query, passages, top_k=top_k, return_documents=True):
             _write(file, ranked)
@@ -279,7 +280,11 @@ def rank(
 
 @click.command("next-sentence", cls=Command, short_help="Tell whether one text follows another.")
 @_task_options
-@_pair_options("text", "text_pair")
+@_MAX_LENGTH
+@click.option("-f", "--field", metavar="NAME", default="text", show_default=True, help="The field that holds a pair's "
+              "first text.")  # fmt: skip
+@click.option("--pair-field", metavar="NAME", default="text_pair", show_default=True, help="The field that holds the "
+              "second.")  # fmt: skip
 @_FILES
 def next_sentence(
     model: str, output: Path | None, field: str, pair_field: str, files: tuple[Path, ...], **load_options: Any
@@ -299,17 +304,20 @@ def next_sentence(
 
 @click.command(cls=Command, short_help="Turn texts into sparse vectors, with a SPLADE model.")
 @_task_options
+@_MAX_LENGTH
 @_FIELD
 @_TEXT
 @click.option("--max-active-dims", type=click.IntRange(1), metavar="N", help="Keep only the N largest weights.")
+@click.option("--prompt", metavar="TEXT", help="Put this before every text; it wins over --prompt-name.")
+@click.option("--prompt-name", metavar="NAME", help="Put this one of the model's own prompts before every text.")
 @_FILES
 def sparse(
     model: str, output: Path | None, field: str | None, given: tuple[str, ...], files: tuple[Path, ...],
-    max_active_dims: int | None, **load_options: Any,
+    max_active_dims: int | None, prompt: str | None, prompt_name: str | None, **load_options: Any,
 ) -> None:  # fmt: skip
     """Turns texts into sparse vectors over the vocabulary, one text a line of FILES, in order.
 
-    The vector of a text is a JSON line: an object with a weight for each token, the largest first.
+    The vector of a text is a JSON line with indices, tokens and values, the largest first.
 
     \b
     bertjax sparse -m naver/splade-cocondenser-ensembledistil -t "BERT on JAX"
@@ -320,7 +328,16 @@ def sparse(
 
     task = SparseEncoder.from_pretrained(model, **load_options)
     texts = given or read_texts(files, field)
-    _run(task, texts, output, {"max_active_dims": max_active_dims}, lambda vector: dict(task.decode(vector)))
+    options = {"max_active_dims": max_active_dims, "prompt": prompt, "prompt_name": prompt_name}
+
+    def as_json(vector: Any) -> dict[str, Any]:
+        order = np.argsort(-vector.values, kind="stable")
+        tokens = [token for token, _ in task.decode(vector)]
+        # By way of str, a float32 is written with the digits that it has and no more.
+        values = [float(str(value)) for value in vector.values[order]]
+        return {"indices": vector.indices[order].tolist(), "tokens": tokens, "values": values}
+
+    _run(task, texts, output, options, as_json)
 
 
 #: The commands, in the order in which the help lists them.

@@ -75,7 +75,7 @@ def embed(
     from bertjax.embedder import SentenceEncoder
 
     encoder = SentenceEncoder.from_pretrained(model, pooling=pooling or None, **load_options)
-    windows = encoder.encode_windows(
+    windows = encoder.encode_stream(
         iter(given) if given else read_texts(files, field),
         prompt_name=prompt_name,
         prompt=prompt,

@@ -2,18 +2,18 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
-from bertjax.engine import Encoded, Engine, Window
+from bertjax.engine import Encoded, Engine, Window, progress_bar
 from bertjax.errors import ConfigError, InputError
 from bertjax.packing import PackedBatch, Shapes, max_segments
+from bertjax.text_inputs import as_integer, check_text
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
 
@@ -55,7 +55,7 @@ class TaskFolder:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnsweredWindow:
+class AnsweredBatch:
     """The answers to some consecutive inputs.
 
     Attributes:
@@ -90,6 +90,8 @@ class Task:
 
     #: The model class.
     kind: ClassVar[type[nnx.Module]]
+    #: What is one input to a call; whatever else is iterable is several.
+    single: ClassVar[tuple[type, ...]] = (str,)
 
     def __init__(
         self,
@@ -132,7 +134,7 @@ class Task:
         """The shapes that inputs are packed into."""
         return self._engine.shapes
 
-    def windows(self, inputs: Iterable[Any], **options: Any) -> Iterator[AnsweredWindow]:
+    def stream(self, inputs: Iterable[Any], **options: Any) -> Iterator[AnsweredBatch]:
         """Answers a stream of inputs of any length, in order; memory does not grow with it.
 
         Where `inputs` itself fails, or holds something that can't be answered, the windows before it are given first
@@ -143,11 +145,12 @@ class Task:
             **options: those of a call.
         """
         plan = self._plan(**options)
-        if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Iterable):
+        # A set has no order in which its answers could come.
+        if isinstance(inputs, str | bytes | Mapping | Set) or not isinstance(inputs, Iterable):
             raise InputError(f"inputs is a {type(inputs).__name__}, expected a list or another iterable")
         for window in self._engine.windows(inputs, plan.encode, plan.run, chunk=plan.chunk, max_length=plan.max_length):
             encoded = window.encoded
-            yield AnsweredWindow(
+            yield AnsweredBatch(
                 answers=plan.read(window),
                 tokens=window.num_tokens,
                 truncated=len(np.unique(encoded.owners[encoded.tokens.truncated])),
@@ -159,35 +162,46 @@ class Task:
         raise NotImplementedError
 
     def _answer(self, inputs: Any, show_progress_bar: bool | None, **options: Any) -> Any:
-        """The answer to one input (a str, a tuple or a mapping), or the list of answers to several."""
-        if isinstance(inputs, str | tuple | Mapping):
-            return next(self.windows([inputs], **options)).answers[0]
-        total = len(inputs) if hasattr(inputs, "__len__") else None
-        hidden = None if show_progress_bar is None else not show_progress_bar
+        """The answer to one input, of the types in `single`, or the list of answers to several."""
+        if isinstance(inputs, self.single):
+            return next(self.stream([inputs], **options)).answers[0]
         answers = []
-        with tqdm(total=total, unit="input", disable=hidden, delay=2.0 if show_progress_bar is None else 0) as bar:
-            for window in self.windows(inputs, **options):
+        with progress_bar(inputs, "input", show_progress_bar) as bar:
+            for window in self.stream(inputs, **options):
                 answers += window.answers
                 bar.update(len(window.answers))
         return answers
 
+    def _check_texts(self, items: list[Any], position: int) -> None:
+        """Raises `InputError` for the first item that is no text; `position` is that of the first item."""
+        for index, item in enumerate(items, position):
+            check_text(f"inputs[{index}]", item)
+
+    def _check_reads_pairs(self) -> None:
+        """Raises `ConfigError` if the model can't tell two texts apart."""
+        if self.model.config.type_vocab_size < 2:
+            raise ConfigError(
+                "the model has one type of tokens (type_vocab_size is 1), so it can't read two texts together"
+            )
+
     def _encode_texts(self, items: list[TextOrPair], position: int) -> Encoded:
         """A row for each text or pair; what is longer than the model takes loses its end."""
-        pairs = [_as_pair(item, position + index) for index, item in enumerate(items)]
-        parts = []
-        for is_pair, group in itertools.groupby(pairs, lambda pair: pair[1] is not None):
-            firsts, seconds = map(list, zip(*group, strict=True))
-            given = (firsts, seconds) if is_pair else (firsts,)
-            parts.append(self.tokenizer(*given, max_length=self.max_length, first_position=position))
-            position += len(firsts)
-        return Encoded(items, Tokens.join(parts), np.arange(len(items)))
+        return self._encode_parsed(items, position, least=1)
 
     def _encode_pairs(self, items: list[TextOrPair], position: int) -> Encoded:
         """`_encode_texts` for tasks that take pairs only."""
-        for index, item in enumerate(items, position):
-            if _as_pair(item, index)[1] is None:
-                raise InputError(f"inputs[{index}] is no pair of texts; pass a tuple, (first, second)")
-        return self._encode_texts(items, position)
+        return self._encode_parsed(items, position, least=2)
+
+    def _encode_parsed(self, items: list[TextOrPair], position: int, least: int) -> Encoded:
+        inputs = [as_pair(item, index, least=least) for index, item in enumerate(items, position)]
+        parts = []
+        for _, group in itertools.groupby(inputs, len):
+            columns = list(map(list, zip(*group, strict=True)))
+            if len(columns) > 1:
+                self._check_reads_pairs()
+            parts.append(self.tokenizer(*columns, max_length=self.max_length, first_position=position))
+            position += len(columns[0])
+        return Encoded(items, Tokens.join(parts), np.arange(len(items)))
 
     def _run_pooled(self, batch: PackedBatch) -> jax.Array:
         """Logits [rows, segments, labels] of a head that reads a text's first token."""
@@ -195,26 +209,39 @@ class Task:
 
     def _call(self, batch: PackedBatch, **options: Any) -> Any:
         """The model's output for a packed batch."""
-        return self.model(
-            batch.input_ids,
-            token_type_ids=batch.token_type_ids,
-            position_ids=batch.position_ids,
-            segment_ids=batch.segment_ids,
-            **options,
-        )
+        return self.model(**batch.inputs(), **options)
 
 
-def _as_pair(item: Any, position: int) -> tuple[Any, Any]:
-    """The text and the second text or None; what is no text is passed on, for the tokenizer to refuse."""
+def as_pair(
+    item: Any, position: int, keys: tuple[str, str] = ("text", "text_pair"), *, least: int = 2
+) -> tuple[str, ...]:
+    """The two texts of an input.
+
+    Args:
+        item: a tuple of two texts, or a mapping with `keys`.
+        position: the input's position, for messages.
+        keys: what the first text is called, and the second.
+        least: 1 where a single text will do: a str, or a mapping with the first key only.
+
+    Raises:
+        InputError: the item is not of this form, or something in it is no text.
+    """
+    name = f"inputs[{position}]"
     if isinstance(item, Mapping):
-        if set(item) - {"text_pair"} != {"text"}:
-            raise InputError(f"inputs[{position}] has the keys {sorted(map(str, item))}, expected text and text_pair")
-        return item["text"], item.get("text_pair")
-    if isinstance(item, tuple):
+        if set(item) not in (set(keys), set(keys[:least])):
+            raise InputError(f"{name} has the keys {sorted(map(str, item))}, expected {keys[0]!r} and {keys[1]!r}")
+        texts = {f"{name}[{key!r}]": item[key] for key in keys if key in item}
+    elif isinstance(item, tuple):
         if len(item) != 2:
-            raise InputError(f"inputs[{position}] is a tuple of {len(item)}, expected a text or a pair of texts")
-        return item
-    return item, None
+            raise InputError(f"{name} is a tuple of {len(item)}, expected a pair, ({', '.join(keys)})")
+        texts = {f"{name}[{index}]": text for index, text in enumerate(item)}
+    elif least == 1:
+        texts = {name: item}
+    else:
+        raise InputError(f"{name} is no pair of texts; pass a tuple, ({', '.join(keys)}), or a mapping with these keys")
+    for of_text, text in texts.items():
+        check_text(of_text, text)
+    return tuple(texts.values())
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -235,7 +262,9 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
         raise InputError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Raises `InputError` if an option is not an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """An option as an int. Raises `InputError` if it is not an integer of at least `least`."""
+    number = as_integer(value)
+    if number is None or number < least:
         raise InputError(f"{name} is {value!r}, expected an integer of at least {least}")
+    return number

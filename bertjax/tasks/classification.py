@@ -1,7 +1,7 @@
 """Texts to labels: sentiment, topic, acceptability, inference between two texts."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ class TextClassification(Task):
     """
 
     kind = BertForSequenceClassification
+    single = (str, tuple, Mapping)
 
     def __call__(
         self,
@@ -68,8 +69,7 @@ class TextClassification(Task):
         return self._answer(inputs, show_progress_bar, top_k=top_k, function_to_apply=function_to_apply)
 
     def _plan(self, *, top_k: int | None = 1, function_to_apply: Function | None = None) -> Plan:
-        if top_k is not None:
-            check_count("top_k", top_k)
+        top_k = None if top_k is None else check_count("top_k", top_k)
         check_choice("function_to_apply", function_to_apply, [None, *_FUNCTIONS])
         config = self.model.config
         apply = _FUNCTIONS[function_to_apply or _default_function(config)]

@@ -1,6 +1,6 @@
 """Words for what is masked in a text: what the masked language model was trained on (Devlin et al. 2018, section 3.1).
 
-Only the masked positions are compared with the vocabulary, in blocks of a fixed size: logits of all positions,
+Only the masked positions are compared with the vocabulary, in blocks of two fixed sizes: logits of all positions,
 [rows, length, vocab], would take forty times the memory of the hidden states.
 """
 
@@ -20,11 +20,13 @@ from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForMaskedLM
 from bertjax.packing import PackedBatch
 from bertjax.tasks.base import Plan, Task, check_count
+from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokenizer_files import shorten
 
-# Masks that are computed together: enough for a full-size matmul, and no burden on a single text that has one.
-_BLOCK = 32
+# Masks that are computed together: many where there are many, so that an accelerator is not kept waiting for the next
+# block; else enough for a full-size matmul, and no burden on a single text that has one.
+_BLOCKS = (512, 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ class FillMask(Task):
         return self._answer(inputs, show_progress_bar, top_k=top_k, targets=targets)
 
     def _plan(self, *, top_k: int = 5, targets: str | Sequence[str] | None = None) -> Plan:
-        check_count("top_k", top_k)
+        top_k = check_count("top_k", top_k)
         words = self.model.config.vocab_size
         if top_k > words:
             raise InputError(f"top_k is {top_k}, the model has {words} words to choose from")
@@ -105,12 +107,8 @@ class FillMask(Task):
 
     def _target_id(self, word: Any, position: int) -> int:
         """The id of a word: of the token that is spelt so, else of the one token that the word becomes."""
-        if not isinstance(word, str):
-            raise InputError(f"targets[{position}] is {shorten(word)} of type {type(word).__name__}, not a str")
-        try:
-            index = self.tokenizer.token_to_id(word)
-        except UnicodeEncodeError:
-            raise InputError(f"targets[{position}] has a lone surrogate, so is no text: {shorten(word)}") from None
+        check_text(f"targets[{position}]", word)
+        index = self.tokenizer.token_to_id(word)
         if index is not None:
             return index
         tokens = self.tokenizer([word], return_alignment=True)
@@ -125,17 +123,18 @@ class FillMask(Task):
 
     def _encode(self, texts: list[str], position: int) -> Encoded:
         """A row for each text, checked to have all of the text's masks."""
+        self._check_texts(texts, position)
         tokens = self.tokenizer(texts, max_length=self.max_length, first_position=position)
         for index, (ids, truncated) in enumerate(zip(tokens.input_ids, tokens.truncated, strict=True)):
             found = self._count(ids)
             if truncated and (masks := self._count(self.tokenizer([texts[index]]).input_ids[0])) > found:
                 raise InputError(
-                    f"texts[{position + index}] is longer than {self.max_length} tokens and loses {masks - found} of "
+                    f"inputs[{position + index}] is longer than {self.max_length} tokens and loses {masks - found} of "
                     f"its {masks} mask(s) where it is cut; shorten it"
                 )
             if not found:
                 mask = self.tokenizer.id_to_token(self.tokenizer.mask_token_id)
-                raise InputError(f"texts[{position + index}] has no {mask}, so there is nothing to fill")
+                raise InputError(f"inputs[{position + index}] has no {mask}, so there is nothing to fill")
         return Encoded(texts, tokens, np.arange(len(texts)))
 
     def _count(self, ids: np.ndarray) -> int:
@@ -144,14 +143,8 @@ class FillMask(Task):
 
     def _run(self, targets: np.ndarray | None, top_k: int, batch: PackedBatch) -> list[tuple[jax.Array, jax.Array]]:
         """Scores and ids [block, top_k] of each block of masks, in the order of `_masks`."""
-        hidden = self.model.bert(
-            batch.input_ids,
-            token_type_ids=batch.token_type_ids,
-            position_ids=batch.position_ids,
-            segment_ids=batch.segment_ids,
-        ).last_hidden_state
-        places = np.flatnonzero(self._masks(batch)).astype(np.int32)
-        blocks = np.pad(places, (0, -len(places) % _BLOCK)).reshape(-1, _BLOCK)
+        hidden = self.model.bert(**batch.inputs()).last_hidden_state
+        blocks = _blocks(np.flatnonzero(self._masks(batch)).astype(np.int32))
         return [best_words(self.model, hidden, block, targets, top_k=top_k) for block in blocks]
 
     def _masks(self, batch: PackedBatch) -> np.ndarray:
@@ -161,13 +154,10 @@ class FillMask(Task):
     def _read(self, window: Window) -> list[Any]:
         owners, scores, words = [], [], []
         for batch, blocks in window.steps:
-            masks = self._masks(batch)
-            owner = np.zeros((len(masks), batch.segments.max() + 2), np.int64)
-            owner[batch.rows, batch.segments + 1] = batch.items
-            rows, columns = np.nonzero(masks)
-            owners.append(owner[rows, batch.segment_ids[rows, columns]])
+            owner = batch.items[batch.owners(padding=-1)[self._masks(batch)]]
+            owners.append(owner)
             for parts, values in zip((scores, words), zip(*blocks, strict=True), strict=True):
-                parts.append(np.concatenate(list(map(np.asarray, values)))[: len(rows)])
+                parts.append(np.concatenate(list(map(np.asarray, values)))[: len(owner)])
         owner, scores, words = map(np.concatenate, (owners, scores, words))
         # Masks are found in the order of their text, and a stable sort leaves them so.
         order = np.argsort(owner, kind="stable")
@@ -197,6 +187,14 @@ class FillMask(Task):
         filled = ids.copy()
         filled[place] = word
         return self.tokenizer.decode(filled[filled != self.tokenizer.pad_token_id], skip_special_tokens)
+
+
+def _blocks(places: np.ndarray) -> list[np.ndarray]:
+    """Positions int32 [places] in blocks of the sizes of `_BLOCKS`, in order; the last one is padded with zeros."""
+    large, small = _BLOCKS
+    whole = len(places) // large * large
+    rest = np.pad(places[whole:], (0, (whole - len(places)) % small))
+    return [*places[:whole].reshape(-1, large), *rest.reshape(-1, small)]
 
 
 @functools.partial(jax.jit, static_argnames="top_k")

@@ -1,6 +1,6 @@
 """Whether one text follows another, which BERT is pre-trained to tell."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from bertjax.engine import Window
 from bertjax.heads import BertForNextSentencePrediction
@@ -14,6 +14,7 @@ class NextSentence(Task):
     """
 
     kind = BertForNextSentencePrediction
+    single = (str, tuple, Mapping)
 
     def __call__(
         self, inputs: TextOrPair | Iterable[TextOrPair], *, show_progress_bar: bool | None = None

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from bertjax.engine import Encoded, Window
-from bertjax.errors import InputError
+from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForQuestionAnswering
 from bertjax.packing import PackedBatch
-from bertjax.tasks.base import Plan, Task, check_choice, check_count, softmax
+from bertjax.tasks.base import Plan, Task, as_pair, check_choice, check_count, softmax
+from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Alignment
 
 # What windows and their overlap are at most where the caller does not say.
@@ -21,6 +22,9 @@ _MAX_SEQ_LEN = 384
 _DOC_STRIDE = 128
 # Contexts are whole documents, so a few at a time keep memory flat.
 _CHUNK = 32
+
+#: A question and its context.
+Question = tuple[str, str] | Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +54,6 @@ class _Choice:
     handle_impossible_answer: bool
     align_to_words: bool
 
-    def __post_init__(self) -> None:
-        check_count("top_k", self.top_k)
-        check_count("max_answer_len", self.max_answer_len)
-        check_choice("handle_impossible_answer", self.handle_impossible_answer, (True, False))
-        check_choice("align_to_words", self.align_to_words, (True, False))
-
     @property
     def spans_per_window(self) -> int:
         """How many spans of a window are considered: several may become one when they are widened to words."""
@@ -70,10 +68,17 @@ class QuestionAnswering(Task):
     """
 
     kind = BertForQuestionAnswering
+    single = (str, tuple, Mapping)
+
+    def __init__(self, model: BertForQuestionAnswering, tokenizer: Tokenizer, **options: Any):
+        super().__init__(model, tokenizer, **options)
+        self._check_reads_pairs()
+        if tokenizer.cls_token_id not in tokenizer([""], [""]).input_ids[0][:1]:
+            raise ConfigError("the tokenizer puts no [CLS] before a question, which stands for no answer; add it there")
 
     def __call__(
         self,
-        inputs: Any,
+        inputs: Question | Iterable[Question],
         *,
         top_k: int = 1,
         doc_stride: int | None = None,
@@ -83,7 +88,7 @@ class QuestionAnswering(Task):
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
         show_progress_bar: bool | None = None,
-    ) -> Any:
+    ) -> Answer | list[Answer] | list[Answer | list[Answer]]:
         """Answers one question, or several.
 
         In each window, start and end logits become probabilities by a softmax over the context's tokens and [CLS],
@@ -107,8 +112,9 @@ class QuestionAnswering(Task):
             show_progress_bar: default: where it takes longer than two seconds.
 
         Returns:
-            For each input an `Answer`, or with `top_k` greater than 1 a list of at most so many, best first (of
-            equal scores the one that comes first). Where the context has no tokens, the answer is "" with score 0.
+            For one input an `Answer`, or with `top_k` greater than 1 a list of at most so many, best first (of
+            equal scores the one that comes first). For several inputs, a list of that. Where the context has no
+            tokens, the answer is "" with score 0.
 
         Raises:
             InputError: an option is not usable; or an input is not of this form, its question or context is empty, or
@@ -137,10 +143,17 @@ class QuestionAnswering(Task):
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
     ) -> Plan:
-        choice = _Choice(top_k, max_answer_len, handle_impossible_answer, align_to_words)
+        check_choice("handle_impossible_answer", handle_impossible_answer, (True, False))
+        check_choice("align_to_words", align_to_words, (True, False))
+        choice = _Choice(
+            top_k=check_count("top_k", top_k),
+            max_answer_len=check_count("max_answer_len", max_answer_len),
+            handle_impossible_answer=handle_impossible_answer,
+            align_to_words=align_to_words,
+        )
         max_seq_len, doc_stride = self._window_size(max_seq_len, doc_stride)
         if max_question_len is not None:
-            check_count("max_question_len", max_question_len)
+            max_question_len = check_count("max_question_len", max_question_len)
         encode = functools.partial(
             self._encode, max_seq_len=max_seq_len, doc_stride=doc_stride, max_question_len=max_question_len
         )
@@ -149,12 +162,12 @@ class QuestionAnswering(Task):
     def _window_size(self, max_seq_len: int | None, doc_stride: int | None) -> tuple[int, int]:
         """The length of a window and the overlap of two, checked."""
         max_seq_len = min(self.max_length, _MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-        check_count("max_seq_len", max_seq_len)
+        max_seq_len = check_count("max_seq_len", max_seq_len)
         if max_seq_len > self.max_length:
             raise InputError(f"max_seq_len is {max_seq_len}, but this model takes at most {self.max_length} tokens")
-        doc_stride = min(max_seq_len // 2, _DOC_STRIDE) if doc_stride is None else doc_stride
-        check_count("doc_stride", doc_stride, least=0)
         room = max_seq_len - self.tokenizer.num_special_tokens(pair=True)
+        doc_stride = min(max_seq_len // 2, _DOC_STRIDE, max(room - 1, 0)) if doc_stride is None else doc_stride
+        doc_stride = check_count("doc_stride", doc_stride, least=0)
         if room <= doc_stride:
             raise InputError(
                 f"max_seq_len={max_seq_len} leaves {max(room, 0)} tokens besides the special ones, which is too few "
@@ -166,13 +179,13 @@ class QuestionAnswering(Task):
         self, items: list[Any], position: int, *, max_seq_len: int, doc_stride: int, max_question_len: int | None
     ) -> Encoded:
         """The windows over the contexts, each after its question."""
-        examples = [_as_example(item, position + index) for index, item in enumerate(items)]
+        examples = [_as_example(item, index) for index, item in enumerate(items, position)]
         questions, contexts = map(list, zip(*examples, strict=True))
         if max_question_len is not None:
             questions = self._cut(questions, max_question_len, position)
         size = {"max_length": max_seq_len, "stride": doc_stride}
         try:
-            tokens, owners = self.tokenizer.windows(questions, contexts, **size)
+            tokens, owners = self.tokenizer.windows(questions, contexts, **size, first_position=position)
         except InputError as error:
             self._refuse(questions, contexts, position, size, error)
         return Encoded(contexts, tokens, owners)
@@ -180,7 +193,7 @@ class QuestionAnswering(Task):
     def _cut(self, questions: list[str], max_question_len: int, position: int) -> list[str]:
         """The questions without the words that do not fit into so many tokens."""
         cut = []
-        tokens = self.tokenizer(questions, return_alignment=True)
+        tokens = self.tokenizer(questions, return_alignment=True, first_position=position)
         for index, (question, alignment) in enumerate(zip(questions, tokens.alignments, strict=True)):
             own = np.flatnonzero(alignment.sequence_ids == 0)
             if len(own) > max_question_len:
@@ -197,14 +210,14 @@ class QuestionAnswering(Task):
     def _refuse(
         self, questions: list[str], contexts: list[str], position: int, size: dict[str, int], error: InputError
     ) -> NoReturn:
-        """Says which question is too long; texts are strings and sizes usable, so nothing else can be wrong."""
-        for index, (question, context) in enumerate(zip(questions, contexts, strict=True)):
+        """Says by the names of the caller's options which question is too long: all else was checked before."""
+        for index, (question, context) in enumerate(zip(questions, contexts, strict=True), position):
             try:
                 self.tokenizer.windows([question], [context], **size)
             except InputError:
                 count = len(self.tokenizer([question]).input_ids[0]) - self.tokenizer.num_special_tokens(pair=False)
                 raise InputError(
-                    f"inputs[{position + index}]: the question has {count} tokens, which is too many for windows of "
+                    f"inputs[{index}]: the question has {count} tokens, which is too many for windows of "
                     f"max_seq_len={size['max_length']} tokens that share doc_stride={size['stride']} tokens of "
                     "context; use a shorter question, a larger max_seq_len or a smaller doc_stride"
                 ) from error
@@ -218,30 +231,11 @@ class QuestionAnswering(Task):
 
 def _as_example(item: Any, position: int) -> tuple[str, str]:
     """The question and the context of an input, checked."""
-    if isinstance(item, Mapping):
-        if set(item) != {"question", "context"}:
-            keys = sorted(map(str, item))
-            raise InputError(f"inputs[{position}] has the keys {keys}, expected 'question' and 'context'")
-        item = (item["question"], item["context"])
-    if not isinstance(item, tuple) or len(item) != 2:
-        what = f"a tuple of {len(item)}" if isinstance(item, tuple) else f"a {type(item).__name__}"
-        raise InputError(
-            f"inputs[{position}] is {what}, expected a mapping with question and context, or a tuple of the two"
-        )
-    for name, text in zip(("question", "context"), item, strict=True):
-        _check_text(f"inputs[{position}]: the {name}", text)
-    return item
-
-
-def _check_text(name: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise InputError(f"{name} is a {type(text).__name__}, expected a str")
-    if not text:
-        raise InputError(f"{name} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{name} has a lone surrogate at character {error.start}, so is no text") from error
+    question, context = as_pair(item, position, keys=("question", "context"))
+    for name, text in (("question", question), ("context", context)):
+        if not text:
+            raise InputError(f"inputs[{position}]: the {name} is empty")
+    return question, context
 
 
 def _read(window: Window, choice: _Choice) -> list[Any]:

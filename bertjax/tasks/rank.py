@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bertjax.config import BertConfig
+from bertjax.cross_encoder_files import read_cross_encoder_spec
 from bertjax.engine import Window
 from bertjax.errors import ConfigError, InputError
-from bertjax.folders import find
 from bertjax.heads import BertForSequenceClassification
-from bertjax.module_files import PLAIN_SETTINGS, expect, read_modules, read_top, read_transformer, show
-from bertjax.tasks.base import Plan, Task, TaskFolder, TextOrPair, check_count, sigmoid, softmax
+from bertjax.tasks.base import Plan, Task, TaskFolder, TextOrPair, check_choice, check_count, sigmoid, softmax
+from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer
 
 _ACTIVATIONS = {"identity": lambda logits: logits, "sigmoid": sigmoid}
@@ -23,20 +23,10 @@ _TORCH_ACTIVATIONS = {
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.Sigmoid": "sigmoid",
 }
-_MODULE_TYPES = {
-    "sentence_transformers.base.modules.transformer.Transformer": "transformer",
-    "sentence_transformers.models.Transformer": "transformer",
-}
-# Settings of the transformer module, with the values that mean nothing but a sequence classifier.
-_CLASSIFIER_SETTINGS = PLAIN_SETTINGS | {
-    "transformer_task": (None, "sequence-classification"),
-    "module_output_name": (None, "scores"),
-    "modality_config": (None, {"text": {"method": "forward", "method_output_name": "logits"}}),
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class RankedPassage:
+class RankedDocument:
     """A passage and its score for a query.
 
     Attributes:
@@ -56,8 +46,8 @@ class CrossEncoder(Task):
     Args:
         model: the model; one that ranks has one label.
         tokenizer: the tokenizer that belongs to it.
-        activation: what makes scores of logits, "identity" or "sigmoid" (or PyTorch's name of its class). Default: what
-            the configuration says or, if it says nothing, "sigmoid" for one label and "identity" for several.
+        activation_fn: what makes scores of logits, "identity" or "sigmoid" (or PyTorch's name of its class). Default:
+            what the configuration says or, if it says nothing, "sigmoid" for one label and "identity" for several.
         **options: see `Task`.
 
     Raises:
@@ -65,46 +55,28 @@ class CrossEncoder(Task):
     """
 
     kind = BertForSequenceClassification
+    single = (str, tuple, Mapping)
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, *, activation: str | None = None, **options: Any):
+    def __init__(self, model: Any, tokenizer: Tokenizer, *, activation_fn: str | None = None, **options: Any):
         super().__init__(model, tokenizer, **options)
-        if activation is None:
-            activation = _configured_activation(model.config)
-        if activation is None:
-            activation = "sigmoid" if model.config.num_labels == 1 else "identity"
-        name = _TORCH_ACTIVATIONS.get(activation, activation) if isinstance(activation, str) else None
+        if activation_fn is None:
+            activation_fn = _configured_activation(model.config)
+        if activation_fn is None:
+            activation_fn = "sigmoid" if model.config.num_labels == 1 else "identity"
+        name = _TORCH_ACTIVATIONS.get(activation_fn, activation_fn) if isinstance(activation_fn, str) else None
         if name not in _ACTIVATIONS:
             raise ConfigError(
-                f"the activation is {reprlib.repr(activation)}, which is not supported; pass activation='identity' for "
-                "the logits themselves, or 'sigmoid'"
+                f"activation_fn is {reprlib.repr(activation_fn)}, which is not supported; pass 'identity' for the "
+                "logits themselves, or 'sigmoid'"
             )
         self.activation = name
 
     @classmethod
     def read_folder(cls, folder: Path) -> TaskFolder:
-        """Reads how sentence-transformers saved a cross-encoder, from version 5.4 on; see `Task.read_folder`.
-
-        Before, it had no files of its own, and the configuration named the activation.
-
-        Raises:
-            ConfigError: the folder holds more than a sequence classifier, or something else.
-        """
-        if find(folder, "modules.json") is None:
-            return TaskFolder(folder)
-        file, top = read_top(folder, "CrossEncoder")
-        modules = read_modules(folder, _MODULE_TYPES)
-        paths = [path for _, path in modules]
-        if paths != [""]:
-            raise ConfigError(
-                f"{folder / 'modules.json'}: lists {len(paths)} module(s) in {show(paths)}; only a cross-encoder of "
-                "one Transformer, whose files stand beside this one, is supported"
-            )
-        prompt = expect(file, top, "default_prompt_name", str, None)
-        if prompt is not None:
-            raise ConfigError(f"{file}: default_prompt_name is {show(prompt)}; prompts of pairs are not supported")
-        settings, _ = read_transformer(folder, "", _CLASSIFIER_SETTINGS)
-        options = {"max_length": settings["max_seq_length"], "activation": top.get("activation_fn")}
-        return TaskFolder(folder, do_lower_case=settings["do_lower_case"], options=options)
+        """Reads how sentence-transformers saved a cross-encoder; see `cross_encoder_files.read_cross_encoder_spec`."""
+        spec = read_cross_encoder_spec(folder)
+        options = {"max_length": spec.max_seq_length, "activation_fn": spec.activation}
+        return TaskFolder(spec.transformer, do_lower_case=spec.do_lower_case, options=options)
 
     def __call__(
         self,
@@ -125,24 +97,25 @@ class CrossEncoder(Task):
             that.
 
         Raises:
-            InputError: an input is no pair of texts, with its position; or `apply_softmax` for a single label.
+            InputError: an input is no pair of texts, with its position; or `apply_softmax` is no bool, or is True for
+                a model of a single label.
         """
         return self._answer(inputs, show_progress_bar, apply_softmax=apply_softmax)
 
     def rank(
         self,
         query: str,
-        passages: Iterable[str],
+        documents: Iterable[str],
         *,
         top_k: int | None = None,
         return_documents: bool = False,
         show_progress_bar: bool | None = None,
-    ) -> list[RankedPassage]:
+    ) -> list[RankedDocument]:
         """Ranks passages for a query.
 
         Args:
             query: what is asked.
-            passages: the texts to rank.
+            documents: the texts to rank.
             top_k: how many to return; None for all of them.
             return_documents: whether the answers have the passages' texts.
             show_progress_bar: default: on a terminal, when it takes more than two seconds.
@@ -156,16 +129,19 @@ class CrossEncoder(Task):
         """
         if self.model.config.num_labels != 1:
             raise ConfigError(f"to rank takes a model of one label, and this one has {self.model.config.num_labels}")
-        if top_k is not None:
-            check_count("top_k", top_k)
-        if isinstance(passages, str | bytes | Mapping) or not isinstance(passages, Iterable):
-            raise InputError(f"passages is a {type(passages).__name__}, expected a list or another iterable of texts")
-        passages = list(passages)
-        scores = self([(query, passage) for passage in passages], show_progress_bar=show_progress_bar)
-        order = sorted(range(len(passages)), key=lambda index: -scores[index])[:top_k]
-        return [RankedPassage(index, scores[index], passages[index] if return_documents else None) for index in order]
+        top_k = None if top_k is None else check_count("top_k", top_k)
+        if isinstance(documents, str | bytes | Mapping) or not isinstance(documents, Iterable):
+            raise InputError(f"documents is a {type(documents).__name__}, expected a list or another iterable of texts")
+        documents = list(documents)
+        check_text("query", query)
+        for position, text in enumerate(documents):
+            check_text(f"documents[{position}]", text)
+        scores = self([(query, text) for text in documents], show_progress_bar=show_progress_bar)
+        order = sorted(range(len(documents)), key=lambda index: -scores[index])[:top_k]
+        return [RankedDocument(index, scores[index], documents[index] if return_documents else None) for index in order]
 
     def _plan(self, *, apply_softmax: bool = False) -> Plan:
+        check_choice("apply_softmax", apply_softmax, (True, False))
         single = self.model.config.num_labels == 1
         if apply_softmax and single:
             raise InputError("apply_softmax is for models of several labels, and this one has a single score")

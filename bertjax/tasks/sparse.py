@@ -16,20 +16,19 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from bertjax.attention import matmul_precision
-from bertjax.engine import Encoded, Window
+from bertjax.engine import Window
 from bertjax.errors import InputError
 from bertjax.heads import BertForMaskedLM
 from bertjax.packing import PackedBatch, max_segments
-from bertjax.prompts import choose_prompt
+from bertjax.prompts import choose_prompt, encode_prompted
 from bertjax.sparse_files import SparseSpec, read_sparse_spec
 from bertjax.tasks.base import Plan, Task, TaskFolder, check_count
 from bertjax.tokenizer import Tokenizer
 
 # Words of the vocabulary that are computed together: enough for a full-size matmul.
 _CHUNK = 2048
-# Words that are brought from the device for each text. Models that were trained to be sparse rarely have more in one;
-# where a text has, its batch is computed once more.
+# Words that are brought from the device for each text, to begin with. Models that were trained to be sparse rarely have
+# more in one; where a text has, its batch is computed once more, and the rest of the call brings more.
 _ACTIVE = 512
 
 Found = tuple[jax.Array, jax.Array, jax.Array]
@@ -46,6 +45,13 @@ class SparseVector:
 
     indices: np.ndarray
     values: np.ndarray
+
+
+@dataclasses.dataclass
+class _Room:
+    """For how many words of a text there is room in what a call brings from the device; it only grows."""
+
+    words: int
 
 
 class SparseEncoder(Task):
@@ -71,7 +77,8 @@ class SparseEncoder(Task):
         **options: Any,
     ):
         self.spec = spec or SparseSpec()
-        super().__init__(model, tokenizer, max_length=max_length or self.spec.max_seq_length, **options)
+        max_length = self.spec.max_seq_length if max_length is None else max_length
+        super().__init__(model, tokenizer, max_length=max_length, **options)
 
     @classmethod
     def read_folder(cls, folder: Path) -> TaskFolder:
@@ -122,7 +129,7 @@ class SparseEncoder(Task):
             InputError: `top_k` is not an integer of at least 1, or `vector` is no `SparseVector`.
         """
         if top_k is not None:
-            check_count("top_k", top_k)
+            top_k = check_count("top_k", top_k)
         if not isinstance(vector, SparseVector):
             raise InputError(f"vector is a {type(vector).__name__}, expected a SparseVector, one at a time")
         order = np.argsort(-vector.values, kind="stable")[:top_k]
@@ -133,59 +140,54 @@ class SparseEncoder(Task):
         self, *, max_active_dims: int | None = None, prompt_name: str | None = None, prompt: str | None = None
     ) -> Plan:
         if max_active_dims is not None:
-            check_count("max_active_dims", max_active_dims)
+            max_active_dims = check_count("max_active_dims", max_active_dims)
         prompt = choose_prompt(self.spec.prompts, self.spec.default_prompt_name, prompt_name, prompt)
         words = self.model.config.vocab_size
         limit = min(max_active_dims or self.spec.max_active_dims or words, words)
-        run = functools.partial(self._run, min(limit, _ACTIVE))
-        return Plan(functools.partial(self._encode, prompt), run, functools.partial(self._read, limit), chunk=1024)
+        room = _Room(min(limit, _ACTIVE))
+        encode = functools.partial(encode_prompted, self.tokenizer, self.max_length, prompt, "inputs")
+        return Plan(encode, functools.partial(self._run, room), functools.partial(self._read, room, limit), chunk=1024)
 
-    def _encode(self, prompt: str, texts: list[str], position: int) -> Encoded:
-        # What is not a text is passed on as it is, for the tokenizer to refuse with its position.
-        prompted = [prompt + text if isinstance(text, str) else text for text in texts] if prompt else texts
-        tokens = self.tokenizer(prompted, max_length=self.max_length, first_position=position)
-        return Encoded(texts, tokens, np.arange(len(texts)))
-
-    def _run(self, count: int, batch: PackedBatch) -> Found:
+    def _run(self, room: _Room, batch: PackedBatch) -> Found:
         """What `splade` finds for the batch's texts, in their order in it, and for no texts after them."""
-        hidden = self.model.bert(
-            batch.input_ids,
-            token_type_ids=batch.token_type_ids,
-            position_ids=batch.position_ids,
-            segment_ids=batch.segment_ids,
-        ).last_hidden_state
-        texts = _room(batch)
-        owner = np.full((len(batch.input_ids), batch.segments.max() + 2), texts, np.int32)
-        owner[batch.rows, batch.segments + 1] = np.arange(len(batch.items))
-        owners = np.take_along_axis(owner, batch.segment_ids, axis=1)
+        hidden = self.model.bert(**batch.inputs()).last_hidden_state
+        texts = _text_slots(batch)
         return splade(
             self.model,
             hidden,
-            owners,
+            batch.owners(padding=texts),
             texts=texts,
-            count=count,
+            count=room.words,
             pooling_strategy=self.spec.pooling_strategy,
             activation_function=self.spec.activation_function,
             chunk=_CHUNK,
         )
 
-    def _read(self, limit: int, window: Window) -> list[SparseVector]:
+    def _read(self, room: _Room, limit: int, window: Window) -> list[SparseVector]:
         vectors: list[Any] = [None] * len(window.encoded.items)
-        for batch, found in window.steps:
+        # What had no room is started again for all batches before the first of these is waited for.
+        steps = [(batch, self._complete(room, limit, batch, found)) for batch, found in window.steps]
+        for batch, found in steps:
             values, indices, active = map(np.asarray, found)
-            needed = min(limit, int(active.max()))
-            if needed > values.shape[1]:
-                # A power of two, so that few sizes are compiled.
-                count = min(self.model.config.vocab_size, 1 << (needed - 1).bit_length())
-                values, indices, active = map(np.asarray, self._run(count, batch))
             for item, weights, words, size in zip(batch.items, values, indices, active, strict=False):
                 words, weights = words[: min(size, limit)], weights[: min(size, limit)]
                 order = np.argsort(words)
                 vectors[item] = SparseVector(words[order], weights[order])
         return vectors
 
+    def _complete(self, room: _Room, limit: int, batch: PackedBatch, found: Found) -> Found:
+        """What was found, with all the words that count; if that needs more room, it stays for the rest of the call."""
+        values, _, active = found
+        needed = min(limit, int(np.asarray(active).max()))
+        if needed <= values.shape[1]:
+            return found
+        if needed > room.words:
+            # A power of two, so that few sizes are compiled.
+            room.words = min(self.model.config.vocab_size, 1 << (needed - 1).bit_length())
+        return self._run(room, batch)
 
-def _room(batch: PackedBatch) -> int:
+
+def _text_slots(batch: PackedBatch) -> int:
     """How many texts to compute a batch for: a quarter of what its shape may hold, if that does, or all of it."""
     rows, length = batch.input_ids.shape
     most = rows * max_segments(length)
@@ -222,6 +224,7 @@ def splade(
     """
     states = model.predictions.transform(hidden.reshape(-1, hidden.shape[-1]))
     owners = owners.reshape(-1)
+    embeddings = model.bert.embeddings.word_embeddings.embedding[...]
     words = model.predictions.bias.shape[0]
     chunk = min(chunk, words)
 
@@ -232,7 +235,7 @@ def splade(
     def step(index: jax.Array, weights: jax.Array) -> jax.Array:
         # The last chunk begins early enough to be whole, and computes some words a second time.
         start = jnp.minimum(index * chunk, words - chunk)
-        logits = _some_logits(model, states, start, chunk)
+        logits = model.predictions.scores(states, embeddings, start, chunk)
         if pooling_strategy == "max":  # it commutes with what only ever grows, which then has less to do
             pooled = activate(jax.ops.segment_max(logits, owners, texts))
         else:
@@ -241,16 +244,3 @@ def splade(
 
     weights = lax.fori_loop(0, -(-words // chunk), step, jnp.zeros((texts, words), jnp.float32))
     return *lax.top_k(weights, count), (weights > 0).sum(axis=1)
-
-
-def _some_logits(model: nnx.Module, states: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    """The logits [tokens, size] of the words from `start` on: what `BertPredictionHead` computes for all words."""
-    head = model.predictions
-    if head.decoder is None:
-        kernel = lax.dynamic_slice_in_dim(model.bert.embeddings.word_embeddings.embedding[...], start, size).T
-    else:
-        kernel = lax.dynamic_slice_in_dim(head.decoder.kernel[...], start, size, axis=1)
-    x, kernel = states.astype(head.dtype), kernel.astype(head.dtype)
-    precision = matmul_precision(head.dtype)
-    logits = jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
-    return logits + lax.dynamic_slice_in_dim(head.bias[...], start, size).astype(jnp.float32)

@@ -21,6 +21,8 @@ AggregationStrategy = Literal["none", "simple", "first", "average", "max"]
 
 # What windows share at most, unless the caller says: 64 tokens on either side are context enough for a label.
 _MAX_STRIDE = 128
+# Texts may be whole documents, so a few at a time keep memory flat.
+_CHUNK = 32
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class TokenClassification(Task):
         """Labels the words of texts that are split already, such as those of a CoNLL file.
 
         The words of a text are joined by spaces, and each has the label of its first token, as is usual in training.
-        To stream a corpus, pass `words=True` to `windows`.
+        To stream a corpus, pass `words=True` to `stream`.
 
         Args:
             inputs: the words of a text, a list or tuple of str; or those of several.
@@ -181,8 +183,9 @@ class TokenClassification(Task):
             InputError: an input is no list of words (the message gives the position), or an option is not usable.
             ConfigError: as in a call.
         """
-        is_one = isinstance(inputs, list) and inputs and all(isinstance(word, str) for word in inputs)
-        return self._answer(tuple(inputs) if is_one else inputs, show_progress_bar, stride=stride, words=True)
+        is_one = isinstance(inputs, list | tuple) and inputs and all(isinstance(word, str) for word in inputs)
+        labels = self._answer([inputs] if is_one else inputs, show_progress_bar, stride=stride, words=True)
+        return labels[0] if is_one else labels
 
     def _plan(
         self,
@@ -201,6 +204,8 @@ class TokenClassification(Task):
         overlap = min(_MAX_STRIDE, room // 4) if stride is None else whole_number(stride, "stride")
 
         def encode(items: list[Any], position: int) -> Encoded:
+            if not words:
+                self._check_texts(items, position)
             texts = [_join_words(item, position + i) for i, item in enumerate(items)] if words else items
             tokens, owners = self.tokenizer.windows(
                 texts, max_length=self.max_length, stride=overlap, first_position=position
@@ -213,7 +218,7 @@ class TokenClassification(Task):
                 return self._label_words(table, window.encoded.items)
             return self._find_entities(table, window.encoded.items, aggregation_strategy, ignored)
 
-        return Plan(encode, self._run, read)
+        return Plan(encode, self._run, read, chunk=_CHUNK)
 
     def _run(self, batch: PackedBatch) -> jax.Array:
         return self._call(batch).logits
@@ -269,13 +274,17 @@ class TokenClassification(Task):
         pieces = self._pieces(table, texts)
         if strategy == "none":
             entities = self._tokens(table, pieces, ignored)
+        elif strategy == "simple":
+            runs = _label_runs(table.scores, np.arange(len(pieces)), strategy)
+            entities = self._groups(table, runs, lambda i, j: pieces[i:j], ignored)
         else:
-            first = np.arange(len(pieces))
-            if strategy != "simple":
-                first = first[~self._continues_word(table, texts)]
-                bounds = [*first.tolist(), len(pieces)]
-                pieces = [self._join(pieces[i:j]) for i, j in itertools.pairwise(bounds)]
-            entities = self._groups(table, _label_runs(table.scores, first, strategy), pieces, ignored)
+            first = np.flatnonzero(~self._continues_word(table, texts))
+            bounds = [*first.tolist(), len(pieces)]
+
+            def words(i: int, j: int) -> list[str]:
+                return [self._join(pieces[begin:end]) for begin, end in itertools.pairwise(bounds[i : j + 1])]
+
+            entities = self._groups(table, _label_runs(table.scores, first, strategy), words, ignored)
         for owner, entity in entities:
             found[owner].append(entity)
         return found
@@ -317,11 +326,14 @@ class TokenClassification(Task):
             yield owner, Entity(self._names[label], score, index, pieces[token], start, end)
 
     def _groups(
-        self, table: _Table, runs: _Runs, words: list[str], ignored: list[int]
+        self, table: _Table, runs: _Runs, words: Callable[[int, int], list[str]], ignored: list[int]
     ) -> Iterator[tuple[int, EntityGroup]]:
-        """The runs whose labels count, joined, each group with the text it belongs to."""
+        """The runs whose labels count, joined, each group with the text it belongs to.
+
+        `words(i, j)` spells the runs from `i` to before `j`, and is asked only for what is kept: it takes time.
+        """
         first = self._group_starts(table.owners[runs.first], runs.label)
-        last = np.append(first[1:], len(words))
+        last = np.append(first[1:], len(runs.first))
         label, score = runs.label[first], np.add.reduceat(runs.score, first) / (last - first)
         kept = ~np.isin(label, ignored)
         first, last, label, score = first[kept], last[kept], label[kept], score[kept]
@@ -329,7 +341,7 @@ class TokenClassification(Task):
         columns = (table.owners[begin], first, last, label, score, table.start[begin], table.end[end])
         rows = zip(*(column.tolist() for column in columns), strict=True)
         for owner, i, j, label, score, start, end in rows:
-            yield owner, EntityGroup(self._group_names[label], score, self._join(words[i:j]), start, end)
+            yield owner, EntityGroup(self._group_names[label], score, self._join(words(i, j)), start, end)
 
     def _group_starts(self, owners: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Which runs do not continue the group of the run before: of another text or tag, or labelled "B-"."""

@@ -12,7 +12,8 @@ from bertjax.config import BertConfig
 from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForSequenceClassification
-from bertjax.tasks.base import Plan, Task, softmax
+from bertjax.tasks.base import Plan, Task, check_choice, softmax
+from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer, Tokens
 
 # About how many rows of tokens are made at a time, one for each text and label.
@@ -77,9 +78,12 @@ class ZeroShotClassification(Task):
                 and add up to 1. A single label is always scored the first way.
             show_progress_bar: default: on a terminal, when it takes more than two seconds.
 
+        Returns:
+            For a text, its `ZeroShotLabels`; for several texts, a list of them.
+
         Raises:
             InputError: an input is no text, with its position; there is no label, or the template has no place for it;
-                or a hypothesis leaves no room for a text.
+                a hypothesis leaves no room for a text; or `multi_label` is no bool.
         """
         return self._answer(
             inputs,
@@ -96,7 +100,9 @@ class ZeroShotClassification(Task):
         hypothesis_template: str = "This example is {}.",
         multi_label: bool = False,
     ) -> Plan:
+        check_choice("multi_label", multi_label, (True, False))
         labels = _check_labels(candidate_labels)
+        check_text("hypothesis_template", hypothesis_template)
         hypotheses = [_hypothesis(hypothesis_template, label) for label in labels]
         self._check_room(labels, hypotheses)
 
@@ -116,9 +122,8 @@ class ZeroShotClassification(Task):
 
     def _encode_rows(self, items: list[Any], hypotheses: list[str], position: int) -> Encoded:
         """A row for each text and hypothesis, those of a text one after another."""
-        for index, item in enumerate(items, position):
-            if not isinstance(item, str):
-                raise InputError(f"inputs[{index}] is of type {type(item).__name__}, expected one text")
+        self._check_texts(items, position)
+        self._check_reads_pairs()
         options = {"max_length": self.max_length, "truncation": "only_first", "first_position": position}
         parts = [self.tokenizer(items, [hypothesis] * len(items), **options) for hypothesis in hypotheses]
         tokens = Tokens(
@@ -138,10 +143,7 @@ class ZeroShotClassification(Task):
 
     def _check_room(self, labels: list[str], hypotheses: list[str]) -> None:
         """Refuses a hypothesis beside which no token of a text would fit: only texts are cut."""
-        try:
-            encoded = self.tokenizer(hypotheses).input_ids
-        except InputError as error:
-            raise InputError(f"candidate_labels with hypothesis_template: {error}") from None
+        encoded = self.tokenizer(hypotheses).input_ids
         room = self.max_length - self.tokenizer.num_special_tokens(pair=True)
         for label, ids in zip(labels, encoded, strict=True):
             length = len(ids) - self.tokenizer.num_special_tokens(pair=False)
@@ -164,16 +166,15 @@ def _check_labels(labels: Any) -> list[str]:
     if not labels:
         raise InputError("candidate_labels is empty; there is nothing to choose")
     for position, label in enumerate(labels):
-        if not isinstance(label, str):
-            raise InputError(f"candidate_labels[{position}] is {reprlib.repr(label)}, expected a str")
+        check_text(f"candidate_labels[{position}]", label)
     return labels
 
 
-def _hypothesis(template: Any, label: str) -> str:
+def _hypothesis(template: str, label: str) -> str:
     """What is claimed of a text for a label."""
     try:
         filled, other = template.format(label), template.format(f"{label}.")
-    except (AttributeError, LookupError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"hypothesis_template {reprlib.repr(template)} can't be filled in: {error!r}") from None
     if filled == other:
         raise InputError(f"hypothesis_template {reprlib.repr(template)} has no place for the label; write {{}} there")

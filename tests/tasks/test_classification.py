@@ -98,6 +98,7 @@ def test_inputs_of_every_kind(task):
     assert task([{"text": first, "text_pair": second}]) == [pair]
     assert task({"text": first}) == task(first) != pair
     assert task([first], top_k=1) == [task(first)]
+    assert task(first, top_k=np.int64(2)) == task(first, top_k=2)
     assert task([]) == []
     assert task(text for text in [first, first]) == task([first, first])
 
@@ -111,7 +112,7 @@ def test_texts_and_pairs_may_come_mixed(task):
 
 
 def test_windows_say_what_was_truncated(task):
-    (window,) = task.windows(TEXTS, top_k=None)
+    (window,) = task.stream(TEXTS, top_k=None)
     lengths = [len(ids) for ids in TOKENIZER(TEXTS).input_ids]
     assert window.truncated == sum(length > 40 for length in lengths) > 0
     assert window.tokens == sum(min(length, 40) for length in lengths)
@@ -121,11 +122,16 @@ def test_windows_say_what_was_truncated(task):
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [
-        (["fine", 3], {}, r"\[1\] is 3 of type int"),
-        (["fine", ("a", "b"), "fine", ("a", 3)], {}, r"pairs\[3\] is 3 of type int"),
+        (["fine", 3], {}, r"^inputs\[1\] is 3 of type int, not a str"),
+        (["fine", ("a", "b"), "fine", ("a", 3)], {}, r"inputs\[3\]\[1\] is 3 of type int"),
+        (["fine", {"text": "a", "text_pair": 3}], {}, r"inputs\[1\]\['text_pair'\] is 3 of type int"),
+        (("a", None), {}, r"inputs\[0\]\[1\] is None of type NoneType"),
+        ({"text": "a", "pair": "b"}, {}, r"inputs\[0\] has the keys \['pair', 'text'\], expected 'text' and"),
+        (["fine", "\ud800"], {}, r"inputs\[1\] has a lone surrogate"),
         ([("a", "b", "c")], {}, r"inputs\[0\] is a tuple of 3"),
         (["fine"], {"top_k": 0}, "top_k is 0, expected an integer of at least 1"),
         (["fine"], {"top_k": True}, "top_k is True"),
+        (["fine"], {"top_k": 1.0}, "top_k is 1.0"),
         (["fine"], {"function_to_apply": "SOFTMAX"}, "function_to_apply is 'SOFTMAX', expected one of None, 'softmax'"),
     ],
 )

@@ -13,6 +13,7 @@ from oracle import require
 from bertjax import Tokenizer
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForMaskedLM
+from bertjax.tasks import fill_mask
 from bertjax.tasks.fill_mask import Fill, FillMask, best_words
 
 FOLDER = Path(__file__).parents[1] / "data/tasks/fill_mask"
@@ -106,6 +107,33 @@ def test_a_second_call_compiles_nothing(task):
     assert compiles(lambda: task(others, top_k=5)) == 0
 
 
+def test_many_masks_are_computed_together(task, monkeypatch):
+    expected = values(task(TEXTS * 4))
+    sizes = []
+
+    def counted(model, hidden, places, *rest, **options):
+        sizes.append(len(places))
+        return best_words(model, hidden, places, *rest, **options)
+
+    monkeypatch.setattr(fill_mask, "best_words", counted)
+    monkeypatch.setattr(fill_mask, "_BLOCKS", (8, 3))
+    assert_same(values(task(TEXTS * 4)), expected)
+    assert set(sizes) == {8, 3}
+
+
+@pytest.mark.parametrize(
+    ("masks", "sizes"), [(1, [32]), (32, [32]), (33, [32] * 2), (511, [32] * 16), (512, [512]), (1025, [512, 512, 32])]
+)
+def test_blocks_have_two_sizes(masks, sizes):
+    places = np.arange(1, masks + 1, dtype=np.int32)
+    blocks = fill_mask._blocks(places)
+    assert [len(block) for block in blocks] == sizes
+    assert {block.dtype for block in blocks} == {places.dtype}
+    together = np.concatenate(blocks)
+    np.testing.assert_array_equal(together[:masks], places)
+    assert not together[masks:].any()
+
+
 def test_only_masked_positions_are_compared_with_the_vocabulary(model):
     hidden, places = np.zeros((8, 64, 16), np.float32), np.zeros(32, np.int32)
     words = model.config.vocab_size
@@ -135,12 +163,12 @@ def test_a_target_is_one_token(task):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ("a river", r"texts\[0\] has no \[MASK\], so there is nothing to fill"),
-        (["a [MASK]", "[mask]"], r"texts\[1\] has no \[MASK\]"),
-        (["a [MASK]", "one " * 70 + "[MASK]"], r"texts\[1\] is longer than 64 tokens and loses 1 of its 1 mask"),
-        (["[MASK] " + "one " * 70 + "[MASK]"], r"texts\[0\] is longer than 64 tokens and loses 1 of its 2 mask"),
-        (["a [MASK]", 3], r"texts\[1\] is 3 of type int, not a str"),
-        (("a [MASK]", "b"), r"texts\[0\] is \('a \[MASK\]', 'b'\) of type tuple, not a str"),
+        ("a river", r"inputs\[0\] has no \[MASK\], so there is nothing to fill"),
+        (["a [MASK]", "[mask]"], r"inputs\[1\] has no \[MASK\]"),
+        (["a [MASK]", "one " * 70 + "[MASK]"], r"inputs\[1\] is longer than 64 tokens and loses 1 of its 1 mask"),
+        (["[MASK] " + "one " * 70 + "[MASK]"], r"inputs\[0\] is longer than 64 tokens and loses 1 of its 2 mask"),
+        (["a [MASK]", 3], r"inputs\[1\] is 3 of type int, not a str"),
+        ([("a [MASK]", "b")], r"inputs\[0\] is \('a \[MASK\]', 'b'\) of type tuple, not a str"),
         (5, "inputs is a int, expected a list or another iterable"),
     ],
 )
@@ -150,12 +178,12 @@ def test_unusable_inputs_are_refused_with_their_position(task, inputs, message):
 
 
 def test_positions_count_over_a_whole_stream(task):
-    with pytest.raises(InputError, match=r"texts\[300\] has no \[MASK\]"):
+    with pytest.raises(InputError, match=r"inputs\[300\] has no \[MASK\]"):
         task("a [MASK]" if index != 300 else "a" for index in range(310))
 
 
 def test_a_long_text_that_keeps_its_masks_is_cut(task):
-    window = next(task.windows(["[MASK] " + "one " * 70, "[MASK]"]))
+    window = next(task.stream(["[MASK] " + "one " * 70, "[MASK]"]))
     assert window.truncated == 1
     assert window.answers[0][0].sequence.endswith(" one" * 61)
 

@@ -4,10 +4,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from conftest import DATA, compiles
 from flax import nnx
 
-from bertjax import InputError, Tokenizer
+from bertjax import ConfigError, InputError, Tokenizer, TokenizerError
 from bertjax.heads import BertForQuestionAnswering
 from bertjax.tasks.question_answering import Answer, QuestionAnswering
 
@@ -174,7 +175,7 @@ def test_a_stream_is_read_as_it_is_answered(task):
             yield ASKED[i % len(ASKED)]
         raise OSError("the stream broke")
 
-    windows = task.windows(stream(), max_answer_len=3)
+    windows = task.stream(stream(), max_answer_len=3)
     first = next(windows)
     assert len(read) < 300
     answers = list(first.answers)
@@ -187,16 +188,16 @@ def test_a_stream_is_read_as_it_is_answered(task):
 
 
 BAD = [
-    ("who?", r"inputs\[3\] is a str, expected a mapping with question and context"),
+    ("who?", r"inputs\[3\] is no pair of texts; pass a tuple, \(question, context\), or a mapping with"),
     (("who?",), r"inputs\[3\] is a tuple of 1"),
-    (["who?", "a"], r"inputs\[3\] is a list"),
+    (["who?", "a"], r"inputs\[3\] is no pair of texts"),
     ({"question": "who?"}, r"inputs\[3\] has the keys \['question'\]"),
     ({"question": "who?", "context": "a", "id": 7}, r"inputs\[3\] has the keys \['context', 'id', 'question'\]"),
-    ({"question": "who?", "context": None}, r"inputs\[3\]: the context is a NoneType"),
-    ((7, "a"), r"inputs\[3\]: the question is a int"),
+    ({"question": "who?", "context": None}, r"inputs\[3\]\['context'\] is None of type NoneType, not a str"),
+    ((7, "a"), r"inputs\[3\]\[0\] is 7 of type int"),
     (("", "a"), r"inputs\[3\]: the question is empty"),
     (("who?", ""), r"inputs\[3\]: the context is empty"),
-    (("who?", "a \ud800"), r"inputs\[3\]: the context has a lone surrogate at character 2"),
+    (("who?", "a \ud800"), r"inputs\[3\]\[1\] has a lone surrogate"),
     (("the " * 30, "a " * 40), r"inputs\[3\]: the question has 30 tokens, .* max_seq_len=60 .* doc_stride=30"),
     (("the " * 90, "a " * 40), r"inputs\[3\]: the question has 90 tokens"),
 ]
@@ -207,6 +208,42 @@ def test_what_is_no_question_with_its_context_is_refused_with_its_position(task,
     good = ("the " * 30, "a b c")  # is not cut, so its question may be as long
     with pytest.raises(InputError, match=message):
         task([good, good, good, bad, good], max_seq_len=60)
+    if isinstance(bad, list):
+        return  # by itself it is several inputs
+    with pytest.raises(InputError, match=message.replace("3", "0", 1)):
+        task(bad, max_seq_len=60)
+
+
+def test_a_position_counts_from_the_start_of_the_call(task):
+    good = ("who?", "a b c")  # the tokenizer is given 32 inputs at a time
+    for bad, message in (
+        (("who?", 7), r"inputs\[40\]\[1\] is 7 of type int"),
+        (("the " * 90, "a " * 40), r"inputs\[40\]: the question has 90 tokens"),
+    ):
+        with pytest.raises(InputError, match=message):
+            task([*[good] * 40, bad], max_seq_len=60)
+
+
+def test_errors_of_the_tokenizer_have_the_position_in_the_call(task):
+    # This one fails at what is not in its vocabulary.
+    vocab = [("[PAD]", 0.0), ("[CLS]", 0.0), ("a", -1.0)]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=None))
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]"}
+    with pytest.raises(ConfigError, match=r"the tokenizer puts no \[CLS\] before a question"):
+        QuestionAnswering(task.model, Tokenizer(backend, special_tokens=special))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A $B:1", special_tokens=[("[CLS]", 1)]
+    )
+    strict = QuestionAnswering(task.model, Tokenizer(backend, special_tokens=special))
+    for options in ({}, {"max_question_len": 9}):
+        with pytest.raises(TokenizerError, match="position 40: "):
+            strict([*[("a", "a")] * 40, ("b", "a")], **options)
+
+
+def test_options_may_be_integers_of_numpy(task):
+    options = {"top_k": 2, "max_answer_len": 3, "max_seq_len": 80, "doc_stride": 20, "max_question_len": 5}
+    as_numpy = {name: np.int8(value) for name, value in options.items()}
+    assert task(ASKED[0], **as_numpy) == task(ASKED[0], **options)
 
 
 @pytest.mark.parametrize(

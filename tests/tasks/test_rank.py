@@ -12,7 +12,7 @@ from test_heads import random_heads
 
 from bertjax import convert_checkpoint, from_pretrained
 from bertjax.errors import ConfigError, InputError
-from bertjax.tasks.rank import CrossEncoder, RankedPassage
+from bertjax.tasks.rank import CrossEncoder, RankedDocument
 
 PAIRS = [*map(tuple, EXPECTED["pairs"]), ("the game", ""), ("she was happy", "the song is sad"), ("sun", "sun")]
 QUERY = "who won the game?"
@@ -108,7 +108,7 @@ def test_several_labels_have_logits_or_a_softmax():
 
 def test_ranks_are_those_of_sentence_transformers(single, task):
     theirs = reference(single)
-    for options in ({}, {"top_k": 3, "return_documents": True}, {"top_k": 99}):
+    for options in ({}, {"top_k": np.int64(3), "return_documents": True}, {"top_k": 99}):
         found, expected = task.rank(QUERY, PASSAGES, **options), theirs.rank(QUERY, PASSAGES, **options)
         assert [each.corpus_id for each in found] == [each["corpus_id"] for each in expected]
         assert [each.text for each in found] == [each.get("text") for each in expected]
@@ -120,13 +120,13 @@ def test_passages_of_one_score_keep_their_order(single):
     task = load(single)
     for parameter in (task.model.classifier.kernel, task.model.classifier.bias):
         parameter[...] = 0 * parameter[...]
-    expected = [RankedPassage(index, 0.5) for index in range(len(PASSAGES))]
+    expected = [RankedDocument(index, 0.5) for index in range(len(PASSAGES))]
     assert task.rank(QUERY, PASSAGES) == expected
     assert task.rank(QUERY, PASSAGES, top_k=2) == expected[:2]
 
 
 def test_packed_scores_are_those_of_rows_of_one_pair(single):
-    task = load(single, activation="identity")
+    task = load(single, activation_fn="identity")
     first, second = map(list, zip(*PAIRS, strict=True))
     alone = np.asarray(task.model(**TOKENIZER(first, second, max_length=40).padded(40)).logits)[:, 0]
     np.testing.assert_allclose(task(PAIRS), alone, rtol=0, atol=1e-5)
@@ -145,8 +145,8 @@ def test_a_second_call_compiles_nothing(task):
     ("name", "fields", "message"),
     [
         ("config.json", {"sbert_ce_default_activation_function": "torch.nn.Tanh"}, "'torch.nn.Tanh'.* not supported"),
-        ("config.json", {"sentence_transformers": {"activation_fn": "mine.Own"}}, "'mine.Own'.* pass activation="),
-        ("config.json", {"sentence_transformers": {"activation_fn": [1]}}, r"the activation is \[1\]"),
+        ("config.json", {"sentence_transformers": {"activation_fn": "mine.Own"}}, "'mine.Own'.* pass 'identity'"),
+        ("config.json", {"sentence_transformers": {"activation_fn": [1]}}, r"activation_fn is \[1\]"),
         ("config.json", {"sentence_transformers": "5.0"}, "sentence_transformers is '5.0', expected an object"),
     ],
 )
@@ -154,7 +154,7 @@ def test_unknown_activations_are_refused(copy, name, fields, message):
     change(copy, name, **fields)
     with pytest.raises(ConfigError, match=message):
         load(copy)
-    assert load(copy, activation="identity").activation == "identity"
+    assert load(copy, activation_fn="identity").activation == "identity"
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,12 @@ def test_other_folders_of_sentence_transformers_are_refused(copy, name, fields, 
     [
         (lambda task: task([("a", "b")], apply_softmax=True), InputError, "apply_softmax is for models of several"),
         (lambda task: task([("a", "b"), ["c", "d"]]), InputError, r"inputs\[1\] is no pair of texts; pass a tuple"),
-        (lambda task: task.rank("a", "passage"), InputError, "passages is a str, expected a list"),
-        (lambda task: task.rank("a", ["b", None]), InputError, r"inputs\[1\] is no pair"),
-        (lambda task: task.rank(5, ["b"]), InputError, r"texts\[0\] is 5 of type int"),
+        (lambda task: task.rank("a", "passage"), InputError, "documents is a str, expected a list"),
+        (lambda task: task.rank("a", ["b", None]), InputError, r"documents\[1\] is None of type NoneType"),
+        (lambda task: task.rank("a", ["b", "\ud800"]), InputError, r"documents\[1\] has a lone surrogate"),
+        (lambda task: task.rank(5, ["b"]), InputError, "query is 5 of type int, not a str"),
+        (lambda task: task.rank(5, []), InputError, "query is 5"),
+        (lambda task: task([("a", "b")], apply_softmax="no"), InputError, "apply_softmax is 'no', expected one of"),
         (lambda task: task.rank("a", ["b"], top_k=0), InputError, "top_k is 0"),
     ],
 )

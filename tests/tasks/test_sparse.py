@@ -10,7 +10,7 @@ from conftest import WORDS, compiles
 from oracle import require
 from test_heads import TINY, random_heads
 
-from bertjax import Tokenizer, convert_checkpoint
+from bertjax import Tokenizer, convert_checkpoint, engine
 from bertjax.errors import ConfigError, InputError, SourceError
 from bertjax.sparse_files import SparseSpec, read_sparse_spec
 from bertjax.tasks import sparse
@@ -166,6 +166,32 @@ def test_texts_with_more_words_than_expected_lose_none(task, monkeypatch):
     np.testing.assert_array_equal(few, np.where(expected >= least, expected, 0))
 
 
+def test_room_for_more_words_stays_for_the_rest_of_a_call(task, monkeypatch):
+    words = [len(task(text).indices) for text in TEXTS]
+    assert 16 < max(words) <= 32
+    monkeypatch.setattr(sparse, "_ACTIVE", 2)
+    counts = []
+    monkeypatch.setattr(
+        sparse, "splade", lambda *a, **options: counts.append(options["count"]) or splade(*a, **options)
+    )
+    monkeypatch.setattr(engine, "_WINDOW_ROWS", 1)
+    windows = list(task.stream(TEXTS[:1] * 1024 * 4))
+    assert len(windows) == 4
+    steps = len(counts) // 6
+    # The second window is started before the first is read: both are computed again, and the others once.
+    assert counts == [2] * 2 * steps + [32] * (len(counts) - 2 * steps)
+    assert len(counts) == 6 * steps
+    counts.clear()
+    task(TEXTS[0])
+    assert counts == [2, 32]
+
+
+@pytest.mark.parametrize("length", [0, True])
+def test_an_unusable_length_is_refused(model, tokenizer, length):
+    with pytest.raises(ConfigError, match=f"max_length is {length}, expected a positive integer"):
+        SparseEncoder(model, tokenizer, max_length=length)
+
+
 def test_a_second_call_compiles_nothing(task):
     task(TEXTS * 8)
     others = [" ".join(random.Random(seed).choices(WORDS, k=len(text.split()))) for seed, text in enumerate(TEXTS * 8)]
@@ -185,8 +211,8 @@ def test_decoding_names_words_by_weight(task):
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [
-        (["a", None], {}, r"texts\[1\] is None of type NoneType, not a str"),
-        (["a", None], {"prompt": "x "}, r"texts\[1\] is None of type NoneType"),
+        (["a", None], {}, r"inputs\[1\] is None of type NoneType, not a str"),
+        (["a", None], {"prompt": "x "}, r"inputs\[1\] is None of type NoneType"),
         ("a", {"max_active_dims": 0}, "max_active_dims is 0, expected an integer of at least 1"),
         ("a", {"prompt_name": "passage"}, r"prompt_name 'passage' is not one of the model's prompts \(none\)"),
         ("a", {"prompt": 3}, "prompt is 3, expected a text"),

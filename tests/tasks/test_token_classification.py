@@ -11,7 +11,7 @@ from conftest import compiles
 from flax import nnx
 from oracle import require
 
-from bertjax import Tokenizer
+from bertjax import Tokenizer, engine
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForTokenClassification
 from bertjax.tasks.token_classification import Entity, EntityGroup, TokenClassification, WordLabel
@@ -107,6 +107,23 @@ def test_tokenizer_that_marks_no_pieces(model, torch_model, strategy):
         assert_same(own(text, aggregation_strategy=strategy), [list(entity.values()) for entity in expected])
 
 
+@pytest.mark.parametrize("strategy", ["simple", "first", "average", "max"])
+def test_only_what_is_kept_is_spelt(model, tokenizer, strategy):
+    task = TokenClassification(model, tokenizer, **STEP)
+    spelt = []
+    task.__dict__["_join"] = lambda pieces: spelt.append(pieces) or " ".join(pieces)
+    assert task(TEXTS, aggregation_strategy=strategy, ignore_labels=task._group_names) == [[] for _ in TEXTS]
+    assert spelt == []
+    found = task(TEXTS, aggregation_strategy=strategy)
+    tokens = sum(len(ids) for ids in tokenizer(TEXTS).input_ids)
+    assert 0 < sum(map(len, found)) <= len(spelt) < tokens
+
+
+def test_a_few_documents_are_read_at_a_time(task, monkeypatch):
+    monkeypatch.setattr(engine, "_WINDOW_ROWS", 1)
+    assert [len(window.answers) for window in task.stream(TEXTS[0] for _ in range(70))] == [32, 32, 6]
+
+
 @pytest.mark.parametrize("strategy", ["none", "average"])
 def test_company_and_order_do_not_matter(task, strategy):
     together = task(TEXTS, aggregation_strategy=strategy)
@@ -169,7 +186,7 @@ def test_long_text_among_short_ones(model, tokenizer):
         assert_same(entities, map(astuple, task(text, aggregation_strategy="first")))
         spans = [(entity.start, entity.end) for entity in entities]
         assert spans == sorted(spans) and all(text[start:end].strip() for start, end in spans)
-    windows = list(task.windows(iter(texts), aggregation_strategy="first"))
+    windows = list(task.stream(iter(texts), aggregation_strategy="first"))
     assert [answer for window in windows for answer in window.answers] == together
     assert sum(window.truncated for window in windows) == 0
 
@@ -201,7 +218,7 @@ def test_words(task):
         scores = [[label.score for label in both if label] for both in (labels, expected)]
         np.testing.assert_allclose(*scores, rtol=0, atol=1e-6)
     assert found[len(TEXTS)][1:3] == [None, None]
-    streamed = task.windows((words for words in sentences), words=True)
+    streamed = task.stream((words for words in sentences), words=True)
     assert [answer for window in streamed for answer in window.answers] == found
 
 
@@ -222,9 +239,9 @@ def test_words_of_a_long_text(context_free, tokenizer):
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [
-        (["a", 1], {}, r"texts\[1\] is 1 of type int, not a str"),
-        ([["a"]], {}, r"texts\[0\] is \['a'\] of type list, not a str"),
-        (("a", "b"), {}, r"texts\[0\] is \('a', 'b'\)"),
+        (["a", 1], {}, r"inputs\[1\] is 1 of type int, not a str"),
+        ([["a"]], {}, r"inputs\[0\] is \['a'\] of type list, not a str"),
+        ([("a", "b")], {}, r"inputs\[0\] is \('a', 'b'\) of type tuple, not a str"),
         (5, {}, "inputs is a int"),
         ("a", {"aggregation_strategy": "last"}, "aggregation_strategy is 'last', expected one of 'none', 'simple'"),
         ("a", {"ignore_labels": "O"}, "ignore_labels is 'O', expected a list of labels"),

@@ -106,7 +106,7 @@ def test_equal_scores_keep_the_order_of_the_labels():
 
 
 def test_only_the_text_is_cut(task):
-    (window,) = task.windows(["storm " * 60, "sun"], candidate_labels=["game " * 33, "b"], hypothesis_template="{}")
+    (window,) = task.stream(["storm " * 60, "sun"], candidate_labels=["game " * 33, "b"], hypothesis_template="{}")
     assert window.truncated == 1
     assert window.tokens == 2 * 40 + (33 + 4) + (1 + 4)
 
@@ -124,19 +124,27 @@ def test_one_text_gives_one_answer(task):
     assert task([], candidate_labels=LABELS) == []
 
 
+def test_a_tuple_is_several_texts(task):
+    assert task(("sun", "rain"), candidate_labels=LABELS) == task(["sun", "rain"], candidate_labels=LABELS)
+
+
 @pytest.mark.parametrize(
     ("inputs", "options", "message"),
     [
-        (["a", ("b", "c")], {}, r"inputs\[1\] is of type tuple, expected one text"),
-        (["a", "b\ud800"], {}, r"texts\[1\] has a lone surrogate"),
+        (["a", ("b", "c")], {}, r"inputs\[1\] is \('b', 'c'\) of type tuple, not a str"),
+        (["a", "b\ud800"], {}, r"inputs\[1\] has a lone surrogate"),
         (["a"], {"candidate_labels": "sport, politics"}, "candidate_labels is 'sport, politics', expected a list"),
         (["a"], {"candidate_labels": []}, "candidate_labels is empty"),
-        (["a"], {"candidate_labels": ["b", 5]}, r"candidate_labels\[1\] is 5, expected a str"),
-        (["a"], {"candidate_labels": ["b\ud800"]}, "candidate_labels with hypothesis_template: .* lone surrogate"),
+        (["a"], {"candidate_labels": ["b", 5]}, r"candidate_labels\[1\] is 5 of type int, not a str"),
+        (["a"], {"candidate_labels": ["b\ud800"]}, r"candidate_labels\[0\] has a lone surrogate"),
         (["a"], {"hypothesis_template": "no place"}, "'no place' has no place for the label; write {} there"),
         (["a"], {"hypothesis_template": "{label}"}, "can't be filled in: KeyError"),
         (["a"], {"hypothesis_template": "{"}, "can't be filled in: ValueError"),
-        (["a"], {"hypothesis_template": None}, "hypothesis_template None can't be filled in"),
+        (["a"], {"hypothesis_template": "{[a]}"}, "can't be filled in: TypeError"),
+        (["a"], {"hypothesis_template": None}, "hypothesis_template is None of type NoneType, not a str"),
+        (["a"], {"hypothesis_template": "{} \ud800"}, "hypothesis_template has a lone surrogate"),
+        (["a"], {"multi_label": "yes"}, "multi_label is 'yes', expected one of True, False"),
+        ({"text": "a"}, {}, "inputs is a dict, expected a list"),
         (["a"], {"candidate_labels": ["sun", "rain " * 40]}, "hypothesis for 'rain rain .* tokens, .* may have 37"),
     ],
 )
