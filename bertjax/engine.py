@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
 from bertjax.packing import PackedBatch, Shapes, pack
-from bertjax.text_inputs import as_integer
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
 
@@ -119,8 +119,8 @@ class Engine:
                 f"{source}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's vocabulary "
                 f"ends at {config.vocab_size - 1}; they do not belong together"
             )
-        max_length = None if max_length is None else check_positive("max_length", max_length)
-        step_tokens = None if step_tokens is None else check_positive("step_tokens", step_tokens)
+        max_length = None if max_length is None else check_count("max_length", max_length, error=ConfigError)
+        step_tokens = None if step_tokens is None else check_count("step_tokens", step_tokens, error=ConfigError)
         positions = config.max_position_embeddings
         limit = max_length or tokenizer.model_max_length or positions
         special = tokenizer.num_special_tokens(pair=False)
@@ -212,14 +212,6 @@ def _start(encoded: Encoded, run: Callable[[PackedBatch], Any], shapes: Shapes) 
     tokens = encoded.tokens
     batches = pack(tokens.input_ids, tokens.token_type_ids, shapes, tokens.pad_token_id)
     return Window(encoded, [(batch, run(batch)) for batch in batches])
-
-
-def check_positive(name: str, value: Any) -> int:
-    """A size as an int. Raises `ConfigError` if it is not an integer of at least one."""
-    number = as_integer(value)
-    if number is None or number < 1:
-        raise ConfigError(f"{name} is {value!r}, expected a positive integer")
-    return number
 
 
 def progress_bar(items: Any, unit: str, show: bool | None) -> tqdm:

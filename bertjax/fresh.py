@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import jax
 from flax import nnx
 
+from bertjax.checks import as_integer
 from bertjax.config import BertConfig
 from bertjax.convert import bert, rules
 from bertjax.convert.layout import standard_layout
@@ -13,7 +14,6 @@ from bertjax.convert.names import Survey
 from bertjax.errors import CheckpointError, InputError
 from bertjax.heads import HEADS, BertWithHeads
 from bertjax.model import BertModel
-from bertjax.text_inputs import as_integer
 
 #: What can be made afresh.
 PARTS = (*HEADS, "pooler")

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import InputError
 from bertjax.losses import IGNORED
@@ -121,7 +122,7 @@ def check_label_count(labels: Any, max_predictions: int) -> None:
     Raises:
         InputError: that is not so, or `max_predictions` is no positive integer.
     """
-    check_count("max_predictions", max_predictions)
+    check_count("max_predictions", max_predictions, most=np.iinfo(np.int32).max)
     if labels is None:
         raise InputError("max_predictions is how many labels there are at most; pass labels with it")
     labels = _as_array("labels", labels)
@@ -151,13 +152,6 @@ def check_labelled_segments(name: str, labels: Any, segment_ids: Any) -> None:
 def is_integer(value: Any) -> bool:
     """Whether an input's dtype is one of integers."""
     return bool(jnp.issubdtype(_as_array("labels", value).dtype, jnp.integer))
-
-
-def check_count(name: str, value: Any) -> None:
-    """Refuses what is not a positive int32, with an InputError."""
-    usable = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not usable or not 1 <= value <= np.iinfo(np.int32).max:
-        raise InputError(f"{name} is {value!r}, expected a positive integer")
 
 
 def flatten_choices(input_ids: Any, inputs_embeds: Any = None, **others: Any) -> tuple[tuple[int, int], dict[str, Any]]:

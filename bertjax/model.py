@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
-from bertjax.inputs import check_count, check_inputs
+from bertjax.inputs import check_inputs
 from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
 
 if TYPE_CHECKING:

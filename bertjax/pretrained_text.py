@@ -13,11 +13,11 @@ from flax import nnx
 
 from bertjax import hub
 from bertjax.atomic import atomic_folder
-from bertjax.checkpoints import architecture, read_config
+from bertjax.checkpoints import architecture, config_file, read_config
+from bertjax.checks import check_count
 from bertjax.convert import bert, rules, sources, targets
 from bertjax.convert.layout import Layout
 from bertjax.embedder import SentenceEncoder
-from bertjax.engine import check_positive
 from bertjax.errors import ConfigError, SourceError
 from bertjax.folders import find
 from bertjax.heads import BertForPreTraining
@@ -85,7 +85,7 @@ def load_sentence_encoder(
     asked = {"max_seq_length": max_seq_length, "truncate_dim": truncate_dim}
     for name, value in asked.items():
         if value is not None:
-            check_positive(name, value)
+            check_count(name, value, error=ConfigError)
     spec = dataclasses.replace(spec, **{name: value for name, value in asked.items() if value is not None})
     tokenizer = Tokenizer.from_folder(
         spec.transformer, normalizer=tokenizer_normalizer, do_lower_case=spec.do_lower_case
@@ -243,6 +243,8 @@ def load_task(
 
 def _check_class(task: type[Task], folder: Path, ignore: Iterable[str]) -> None:
     """Refuses a model of another class, whose tensors may happen to fit: a tagger's pass for a text classifier's."""
+    if not config_file(folder).exists():
+        return  # the error that follows says best what is missing
     named = architecture(read_config(folder, ignore))
     if named in (None, task.kind) or (named is BertForPreTraining and set(task.kind.heads) <= set(named.heads)):
         return

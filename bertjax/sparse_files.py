@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bertjax.checks import check_choice, check_count
 from bertjax.convert.tensors import inside
 from bertjax.errors import ConfigError
 from bertjax.folders import find
@@ -21,7 +22,6 @@ from bertjax.module_files import (
     read_top,
     read_transformer,
     refuse_unknown,
-    show,
 )
 
 #: How a text's tokens become one: the largest weight of each word, or their sum.
@@ -72,8 +72,11 @@ class SparseSpec:
     default_prompt_name: str | None = None
 
     def __post_init__(self):
-        _check_choice("pooling_strategy", self.pooling_strategy, POOLING_STRATEGIES)
-        _check_choice("activation_function", self.activation_function, SPLADE_ACTIVATIONS)
+        check_choice("pooling_strategy", self.pooling_strategy, POOLING_STRATEGIES, ConfigError)
+        check_choice("activation_function", self.activation_function, SPLADE_ACTIVATIONS, ConfigError)
+        for name in ("max_active_dims", "max_seq_length"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), error=ConfigError)
 
 
 def read_sparse_spec(folder: Path) -> SparseSpec:
@@ -124,7 +127,7 @@ def _read_pooling(file: Path) -> dict[str, str]:
     options = {"pooling_strategy": POOLING_STRATEGIES, "activation_function": SPLADE_ACTIVATIONS}
     found = {name: expect(file, config, name, str, default) for name, (default, *_) in options.items()}
     for name, choices in options.items():
-        _check_choice(f"{file}: {name}", found[name], choices)
+        check_choice(f"{file}: {name}", found[name], choices, ConfigError)
     return found
 
 
@@ -136,8 +139,3 @@ def _settings(folder: Path, transformer: str, is_general: bool) -> dict[str, Any
             f"{folder / transformer}: a Transformer before SpladePooling needs transformer_task 'fill-mask', has none"
         )
     return settings
-
-
-def _check_choice(where: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{where} is {show(value)}, expected one of {', '.join(map(repr, choices))}")

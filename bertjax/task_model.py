@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError
 from bertjax.inputs import check_inputs, check_label_count, check_labelled_segments
@@ -115,8 +116,8 @@ class BertWithHeads(nnx.Module):
         unknown = sorted(set(heads) - set(HEADS))
         if unknown:
             raise ConfigError(f"unknown head(s) {', '.join(map(repr, unknown))}; expected {', '.join(HEADS)}")
-        if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
-            raise ConfigError(f"num_labels is {num_labels!r}, expected a positive integer")
+        if num_labels is not None:
+            check_count("num_labels", num_labels, error=ConfigError)
         dtypes = {"dtype": check_dtype("dtype", dtype), "param_dtype": check_dtype("param_dtype", param_dtype)}
         options = dtypes | {"rngs": rngs}
         dense = functools.partial(linear, config.hidden_size, initializer_range=config.initializer_range, **options)

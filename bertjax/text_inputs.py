@@ -1,23 +1,13 @@
 """Checks what a caller passes to a tokenizer, and says at which position an input is not usable."""
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NoReturn
 
 import tokenizers
 
+from bertjax.checks import as_integer
 from bertjax.errors import InputError, TokenizerError
 from bertjax.tokenizer_files import shorten
-
-
-def as_integer(value: Any) -> int | None:
-    """An integer, numpy's included, as an int; None for a bool and for whatever else has no exact one."""
-    if isinstance(value, bool):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def whole_number(value: Any, name: str) -> int:

@@ -187,6 +187,7 @@ MODEL = FOLDERS["classification"]
         (["fill-mask", "-m", MODEL, "-t", "[MASK]"], "a BertForSequenceClassification, and FillMask takes a BertForM"),
         (["tag", "-m", MODEL, "-t", "a"], "is a BertForSequenceClassification, and TokenClassification takes a"),
         (["tag", "-m", MODEL, "missing.txt"], "missing.txt: no such file"),
+        (["tag", "-m", DATA / "tasks", "-t", "a"], "tasks: no weights found"),
         (["next-sentence", "-m", FOLDERS["fill_mask"], SCRIPT], "generate.py:1: not a line of JSON"),
     ],
 )

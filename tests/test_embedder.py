@@ -157,7 +157,7 @@ def test_truncation_and_normalisation_of_vectors(encoder):
     np.testing.assert_array_equal(cut, full[:, :4])
     unit = encoder.encode(texts, truncate_dim=4, normalize_embeddings=True)
     np.testing.assert_allclose(unit, cut / np.linalg.norm(cut, axis=1, keepdims=True), rtol=0, atol=1e-6)
-    for bad in (0, -1, 17, 1.5, "3"):
+    for bad in (0, -1, 17, 1.5, "3", True):
         with pytest.raises(InputError, match=f"truncate_dim is {bad!r}, the vectors have 16 numbers"):
             encoder.encode(texts, truncate_dim=bad)
 

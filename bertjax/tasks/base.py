@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -13,7 +13,7 @@ from flax import nnx
 from bertjax.engine import Encoded, Engine, Window, progress_bar
 from bertjax.errors import ConfigError, InputError
 from bertjax.packing import PackedBatch, Shapes, max_segments
-from bertjax.text_inputs import as_integer, check_text
+from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
 
@@ -254,17 +254,3 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)), in the dtype of the logits; does not overflow."""
     exp = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1 / (1 + exp), exp / (1 + exp))
-
-
-def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    """Raises `InputError` if an option is not one of its values."""
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def check_count(name: str, value: Any, least: int = 1) -> int:
-    """An option as an int. Raises `InputError` if it is not an integer of at least `least`."""
-    number = as_integer(value)
-    if number is None or number < least:
-        raise InputError(f"{name} is {value!r}, expected an integer of at least {least}")
-    return number

@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bertjax.checks import check_choice, check_count
 from bertjax.config import BertConfig
 from bertjax.engine import Window
 from bertjax.heads import BertForSequenceClassification
-from bertjax.tasks.base import Plan, Task, TextOrPair, check_choice, check_count, sigmoid, softmax
+from bertjax.tasks.base import Plan, Task, TextOrPair, sigmoid, softmax
 
 Function = Literal["softmax", "sigmoid", "none"]
 

@@ -15,11 +15,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from bertjax.checks import check_count
 from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForMaskedLM
 from bertjax.packing import PackedBatch
-from bertjax.tasks.base import Plan, Task, check_count
+from bertjax.tasks.base import Plan, Task
 from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokenizer_files import shorten

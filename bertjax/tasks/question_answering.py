@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bertjax.checks import check_choice, check_count
 from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForQuestionAnswering
 from bertjax.packing import PackedBatch
-from bertjax.tasks.base import Plan, Task, as_pair, check_choice, check_count, softmax
+from bertjax.tasks.base import Plan, Task, as_pair, softmax
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Alignment
 

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bertjax.checks import check_choice, check_count
 from bertjax.config import BertConfig
 from bertjax.cross_encoder_files import read_cross_encoder_spec
 from bertjax.engine import Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForSequenceClassification
-from bertjax.tasks.base import Plan, Task, TaskFolder, TextOrPair, check_choice, check_count, sigmoid, softmax
+from bertjax.tasks.base import Plan, Task, TaskFolder, TextOrPair, sigmoid, softmax
 from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer
 

@@ -16,13 +16,14 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from bertjax.checks import check_count
 from bertjax.engine import Window
 from bertjax.errors import InputError
 from bertjax.heads import BertForMaskedLM
 from bertjax.packing import PackedBatch, max_segments
 from bertjax.prompts import choose_prompt, encode_prompted
 from bertjax.sparse_files import SparseSpec, read_sparse_spec
-from bertjax.tasks.base import Plan, Task, TaskFolder, check_count
+from bertjax.tasks.base import Plan, Task, TaskFolder
 from bertjax.tokenizer import Tokenizer
 
 # Words of the vocabulary that are computed together: enough for a full-size matmul.

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
+from bertjax.checks import check_choice
 from bertjax.engine import Encoded, Window
 from bertjax.errors import InputError
 from bertjax.heads import BertForTokenClassification
 from bertjax.packing import PackedBatch
-from bertjax.tasks.base import Plan, Task, check_choice, softmax
+from bertjax.tasks.base import Plan, Task, softmax
 from bertjax.text_inputs import whole_number
 from bertjax.tokenizer_files import shorten
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from bertjax.checks import check_choice
 from bertjax.config import BertConfig
 from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForSequenceClassification
-from bertjax.tasks.base import Plan, Task, check_choice, softmax
+from bertjax.tasks.base import Plan, Task, softmax
 from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer, Tokens
 

@@ -129,7 +129,7 @@ def test_windows_say_what_was_truncated(task):
         ({"text": "a", "pair": "b"}, {}, r"inputs\[0\] has the keys \['pair', 'text'\], expected 'text' and"),
         (["fine", "\ud800"], {}, r"inputs\[1\] has a lone surrogate"),
         ([("a", "b", "c")], {}, r"inputs\[0\] is a tuple of 3"),
-        (["fine"], {"top_k": 0}, "top_k is 0, expected an integer of at least 1"),
+        (["fine"], {"top_k": 0}, "top_k is 0, expected a positive integer"),
         (["fine"], {"top_k": True}, "top_k is True"),
         (["fine"], {"top_k": 1.0}, "top_k is 1.0"),
         (["fine"], {"function_to_apply": "SOFTMAX"}, "function_to_apply is 'SOFTMAX', expected one of None, 'softmax'"),

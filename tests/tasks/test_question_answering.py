@@ -250,7 +250,7 @@ def test_options_may_be_integers_of_numpy(task):
     ("options", "message"),
     [
         ({"max_seq_len": 401}, "max_seq_len is 401, but this model takes at most 400 tokens"),
-        ({"max_seq_len": 0}, "max_seq_len is 0, expected an integer of at least 1"),
+        ({"max_seq_len": 0}, "max_seq_len is 0, expected a positive integer"),
         ({"max_seq_len": 3}, "max_seq_len=3 leaves 0 tokens besides the special ones"),
         ({"doc_stride": 381}, "max_seq_len=384 leaves 381 tokens .* doc_stride=381"),
         ({"doc_stride": -1}, "doc_stride is -1, expected an integer of at least 0"),

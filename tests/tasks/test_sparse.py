@@ -213,7 +213,7 @@ def test_decoding_names_words_by_weight(task):
     [
         (["a", None], {}, r"inputs\[1\] is None of type NoneType, not a str"),
         (["a", None], {"prompt": "x "}, r"inputs\[1\] is None of type NoneType"),
-        ("a", {"max_active_dims": 0}, "max_active_dims is 0, expected an integer of at least 1"),
+        ("a", {"max_active_dims": 0}, "max_active_dims is 0, expected a positive integer"),
         ("a", {"prompt_name": "passage"}, r"prompt_name 'passage' is not one of the model's prompts \(none\)"),
         ("a", {"prompt": 3}, "prompt is 3, expected a text"),
     ],
