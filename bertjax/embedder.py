@@ -129,7 +129,7 @@ class SentenceEncoder:
     ) -> Iterator[EncodedBatch]:
         """Computes vectors as a stream, for more texts than fit in memory; see `encode` for the arguments.
 
-        Where `texts` itself fails, or holds something that is not a text, the windows before it are given first and the
+        Where `texts` itself fails, or holds something that is not a text, the batches before it are given first and the
         error is raised then.
         """
         if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):

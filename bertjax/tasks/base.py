@@ -137,7 +137,7 @@ class Task:
     def stream(self, inputs: Iterable[Any], **options: Any) -> Iterator[AnsweredBatch]:
         """Answers a stream of inputs of any length, in order; memory does not grow with it.
 
-        Where `inputs` itself fails, or holds something that can't be answered, the windows before it are given first
+        Where `inputs` itself fails, or holds something that can't be answered, the batches before it are given first
         and the error is raised then.
 
         Args:

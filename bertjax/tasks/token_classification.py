@@ -141,7 +141,7 @@ class TokenClassification(Task):
             ignore_labels: what to leave out: labels for "none" ("B-PER"), else labels without their prefix ("PER").
             stride: how many tokens a window over a long text shares with the one before; default: a quarter of its
                 tokens, but at most 128.
-            show_progress_bar: as in tqdm; default: for calls that take longer than a few seconds.
+            show_progress_bar: default: on a terminal, when it takes more than two seconds.
 
         Returns:
             The entities of the text, in order: a list of `Entity` for "none", else of `EntityGroup`. For several

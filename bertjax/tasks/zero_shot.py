@@ -15,7 +15,8 @@ from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForSequenceClassification
 from bertjax.tasks.base import Plan, Task, softmax
 from bertjax.text_inputs import check_text
-from bertjax.tokenizer import Tokenizer, Tokens
+from bertjax.tokenizer import Tokenizer
+from bertjax.tokens import Tokens
 
 # About how many rows of tokens are made at a time, one for each text and label.
 _CHUNK_ROWS = 256
