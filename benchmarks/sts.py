@@ -1,6 +1,6 @@
 """STS benchmark: how well cosines of sentence vectors rank human judgements of similarity.
 
-    python -m benchmarks.sts MODEL FILE.csv [--dtype float32|bfloat16]
+    python -m benchmarks.sts MODEL FILE.csv [--dtype float32|bfloat16|int8]
 
 FILE has sentence1, sentence2, score, a pair a line, without a header (github.com/PhilipMay/stsb-multi-mt has the STS
 benchmark so). Prints Spearman's and Pearson's correlation, as MTEB defines them for STS.
@@ -19,7 +19,9 @@ from bertjax import SentenceEncoder
 @click.command()
 @click.argument("model")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16", "int8"]), default="float32", show_default=True
+)
 def main(model: str, file: Path, dtype: str) -> None:
     """Scores MODEL on the pairs of FILE."""
     with open(file, newline="", encoding="utf-8") as lines:

@@ -1,45 +1,83 @@
-"""What every benchmark here shares: workers that take turns, medians, the machine's description, results on disk."""
+"""What every benchmark here shares: workers, statistics, the machine's description, results on disk.
 
+Standard library only: it also runs in the environments of libraries that bertjax knows nothing of.
+"""
+
+import contextlib
 import datetime
 import json
 import os
 import platform
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+_PACKAGES = (
+    "bertjax jax jaxlib flax optax numpy torch transformers sentence-transformers tokenizers onnxruntime onnx "
+    "keras keras-hub"
+).split()
 
 
 class Worker:
     """A process that holds one library, answers requests one at a time, and idles while another one runs.
 
     Each library runs in a process of its own, so that neither's threads, allocator or memory disturbs the other's.
+    What it writes to standard error is kept aside and shown if it ends.
+
+    Args:
+        module: what is run, as with `python -m`.
+        *arguments: its arguments.
+        python: the interpreter; default: this one.
+        environment: variables set besides this process's own.
     """
 
-    def __init__(self, module: str, *arguments: str):
-        # The two libraries' thread pools are left at their defaults, one thread per core.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    def __init__(
+        self, module: str, *arguments: str, python: str = sys.executable, environment: Mapping[str, str] | None = None
+    ):
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed with the worker
+        try:
+            self._process = subprocess.Popen(
+                [python, "-m", module, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=os.environ | dict(environment or {}),
+                cwd=ROOT,
+                text=True,
+            )
+        except OSError:
+            self._errors.close()
+            raise
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Sends a request and waits for the answer. Raises `RuntimeError` if the process ended."""
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        # Where the process has ended, the missing answer says so.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"worker {self._process.args} ended with status {self._process.wait()}")
+            status = self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError(f"the worker ended with status {status}: {self._errors.read()[-2000:].strip()}")
         return json.loads(line)
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
 
 
 def answer_requests(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -51,10 +89,26 @@ def answer_requests(handle: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         replies.flush()
 
 
+def memory() -> int:
+    """The memory that this process holds now, in bytes, mapped files included."""
+    return _from_status("VmRSS")
+
+
 def peak_memory() -> int:
-    """The most memory that this process ever held at once, in bytes."""
+    """The most memory that this process held at once, ever or since `forget_peak`, in bytes."""
+    return _from_status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Starts the peak anew from what the process holds now, where the kernel allows it."""
+    # Where it fails the peak is that of the whole life, an upper bound.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _from_status(field: str) -> int:
     status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -62,26 +116,45 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[str, float]:
+    """Median, least and largest of the ratios of what was measured in the same rounds."""
+    return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
 def machine() -> dict[str, Any]:
     """The hardware, as far as the operating system tells, and the versions of what is compared."""
     flags = Path("/proc/cpuinfo").read_text()
     cpu = [line.split(":")[1].strip() for line in flags.splitlines() if line.startswith("model name")]
-    packages = ("bertjax", "jax", "jaxlib", "flax", "torch", "transformers", "sentence-transformers", "tokenizers")
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu[0] if cpu else platform.processor(),
         "cores": os.cpu_count(),
         "features": [name for name in ("avx2", "avx512f", "amx_bf16", "amx_int8") if name in flags],
+        "gpu": gpu_name(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": versions(),
     }
 
 
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
+def versions() -> dict[str, str]:
+    """The versions of the compared packages that this interpreter has."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def gpu_name() -> str | None:
+    """The first NVIDIA GPU's name, or None where there is none; no library is loaded for it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(ask, capture_output=True, text=True)
+    names = done.stdout.split("\n")
+    return names[0].strip() if done.returncode == 0 and names[0].strip() else None
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -103,7 +176,17 @@ def save(name: str, report: str, data: Mapping[str, Any]) -> Path:
 
 def describe_machine(found: Mapping[str, Any]) -> str:
     """A few lines for the head of a report."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    named = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     features = ", ".join(found["features"])
     cpu = f"{found['cores']} cores of {found['cpu']} ({features})"
-    return f"{found['date']}, {cpu}, Python {found['python']}\n{versions}"
+    gpu = f", one {found['gpu']}" if found.get("gpu") else ""
+    return f"{found['date']}, {cpu}{gpu}, Python {found['python']}\n{named}"
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line that makes a result again; of local paths only the last name is told."""
+    shown = []
+    for argument in arguments:
+        name, equals, path = argument.rpartition("=")
+        shown.append(name + equals + (Path(path).name if os.path.exists(path) else path))
+    return shlex.join(["python", "-m", "benchmarks", *shown])
