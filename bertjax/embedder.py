@@ -75,6 +75,16 @@ class SentenceEncoder:
         """The shapes that texts are packed into."""
         return self._engine.shapes
 
+    def warm_up(self) -> float:
+        """Compiles everything that `encode` will run, in all of `shapes`, for a server that must not wait for it later.
+
+        Without it each shape is compiled when it first comes up.
+
+        Returns:
+            How long it took, in seconds.
+        """
+        return self._engine.warm_up(functools.partial(self._run, 0))
+
     def encode(
         self,
         texts: str | Iterable[str],
@@ -108,7 +118,7 @@ class SentenceEncoder:
             "truncate_dim": truncate_dim,
         }
         if isinstance(texts, str):
-            return self.encode([texts], show_progress_bar=False, **options)[0]
+            return next(self.encode_stream([texts], **options)).vectors[0]
         vectors = []
         with progress_bar(texts, "text", show_progress_bar) as bar:
             for window in self.encode_stream(texts, **options):

@@ -7,6 +7,7 @@ every task from text to answer, go through here.
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
-from bertjax.packing import PackedBatch, Shapes, pack
+from bertjax.packing import PackedBatch, Shapes, full_batch, pack
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
 
@@ -142,6 +143,20 @@ class Engine:
     def _shapes(self, max_length: int) -> Shapes:
         default = _STEP_TOKENS.get(jax.default_backend(), _STEP_TOKENS_ACCELERATOR)
         return Shapes(max_length=max_length, step_tokens=self._step_tokens or default)
+
+    def warm_up(self, run: Callable[[PackedBatch], Any]) -> float:
+        """Runs a full step of every shape, so that nothing is left to compile.
+
+        Args:
+            run: starts the computation on a packed batch.
+
+        Returns:
+            How long it took, in seconds.
+        """
+        begin = time.perf_counter()
+        for shape in self.shapes.all():
+            jax.block_until_ready(run(full_batch(shape, self.tokenizer.pad_token_id)))
+        return time.perf_counter() - begin
 
     def windows(
         self,

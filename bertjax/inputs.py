@@ -27,7 +27,7 @@ def check_inputs(
     *,
     inputs_embeds: Any = None,
     head_mask: Any = None,
-) -> dict[str, jax.Array | None]:
+) -> dict[str, jax.Array | np.ndarray | None]:
     """Checks the inputs of a BERT encoder and returns them as arrays.
 
     Args:
@@ -43,7 +43,7 @@ def check_inputs(
 
     Returns:
         The same names; what was not given is None. Ids are int32, the attention mask is bool, the embeddings are
-        float32, and the head mask is float32 [layers, heads].
+        float32, and the head mask is float32 [layers, heads]. What was on the host is still there.
 
     Raises:
         InputError: a rank, shape, dtype or value is not usable; says which, and at which position.
@@ -61,7 +61,9 @@ def check_inputs(
     mask = None if attention_mask is None else _check_mask(attention_mask, tokens)
     inputs = {
         "input_ids": _check_ids("input_ids", input_ids, tokens, config.vocab_size),
-        "inputs_embeds": None if inputs_embeds is None else jnp.asarray(inputs_embeds, jnp.float32),
+        "inputs_embeds": None
+        if inputs_embeds is None
+        else _cast(_as_array("inputs_embeds", inputs_embeds), np.float32),
         "attention_mask": mask,
         "token_type_ids": _check_ids("token_type_ids", token_type_ids, tokens, config.type_vocab_size),
         "position_ids": _check_ids("position_ids", position_ids, tokens, config.max_position_embeddings),
@@ -73,7 +75,7 @@ def check_inputs(
     return inputs
 
 
-def check_labels(name: str, value: Any, shape: tuple[int, ...], classes: int) -> jax.Array | None:
+def check_labels(name: str, value: Any, shape: tuple[int, ...], classes: int) -> jax.Array | np.ndarray | None:
     """Checks labels that name a class, -100 where there is none to learn, and returns them as int32.
 
     Raises:
@@ -86,10 +88,10 @@ def check_labels(name: str, value: Any, shape: tuple[int, ...], classes: int) ->
         host = np.asarray(labels)
         bad = ((host < 0) | (host >= classes)) & (host != IGNORED)
         _refuse_first(name, host, bad, f"neither {IGNORED} nor inside 0..{classes - 1}")
-    return jnp.asarray(labels, jnp.int32)
+    return _cast(labels, np.int32)
 
 
-def check_targets(name: str, value: Any, shape: tuple[int, ...], *, probabilities: bool) -> jax.Array:
+def check_targets(name: str, value: Any, shape: tuple[int, ...], *, probabilities: bool) -> jax.Array | np.ndarray:
     """Checks labels that are numbers, from 0 to 1 for `probabilities`, else any finite ones; returns float32.
 
     Raises:
@@ -100,10 +102,10 @@ def check_targets(name: str, value: Any, shape: tuple[int, ...], *, probabilitie
         host = np.asarray(array, np.float32)
         usable = (host >= 0) & (host <= 1) if probabilities else np.isfinite(host)
         _refuse_first(name, host, ~usable, "outside 0..1" if probabilities else "not finite")
-    return jnp.asarray(array, jnp.float32)
+    return _cast(array, np.float32)
 
 
-def check_span_ends(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
+def check_span_ends(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array | np.ndarray:
     """Checks positions of a span's first or last tokens, any int32, and returns them as such.
 
     Raises:
@@ -113,7 +115,7 @@ def check_span_ends(name: str, value: Any, shape: tuple[int, ...]) -> jax.Array:
     if _has_values(positions):
         host, limits = np.asarray(positions), np.iinfo(np.int32)
         _refuse_first(name, host, (host < limits.min) | (host > limits.max), "which is no int32")
-    return jnp.asarray(positions, jnp.int32)
+    return _cast(positions, np.int32)
 
 
 def check_label_count(labels: Any, max_predictions: int) -> None:
@@ -227,13 +229,18 @@ def _as_array(name: str, value: Any) -> Any:
         raise InputError(f"{name} is ragged; pad its rows to one length") from None
 
 
+def _cast(array: Any, dtype: Any) -> Any:
+    """An array of that dtype. On the host it stays there: a compiled function moves it faster than JAX's `asarray`."""
+    return np.asarray(array, dtype) if isinstance(array, np.ndarray) else jnp.asarray(array, dtype)
+
+
 def _same_shape(name: str, array: Any, tokens: _Tokens) -> None:
     if array.shape != tokens.shape:
         aside = "" if tokens.name == "input_ids" else " without its last axis"
         raise InputError(f"{name} has shape {array.shape}, {tokens.name}{aside} has {tokens.shape}; they must be equal")
 
 
-def _check_ids(name: str, value: Any, tokens: _Tokens, limit: int) -> jax.Array | None:
+def _check_ids(name: str, value: Any, tokens: _Tokens, limit: int) -> jax.Array | np.ndarray | None:
     if value is None:
         return None
     array = _as_array(name, value)
@@ -241,11 +248,12 @@ def _check_ids(name: str, value: Any, tokens: _Tokens, limit: int) -> jax.Array 
     _refuse_other_than_integers(name, array)
     if _has_values(array):
         host = np.asarray(array)
-        _refuse_first(name, host, (host < 0) | (host >= limit), f"outside 0..{limit - 1}")
-    return jnp.asarray(array, jnp.int32)
+        if host.size and (host.min() < 0 or host.max() >= limit):
+            _refuse_first(name, host, (host < 0) | (host >= limit), f"outside 0..{limit - 1}")
+    return _cast(array, np.int32)
 
 
-def _check_mask(value: Any, tokens: _Tokens) -> jax.Array:
+def _check_mask(value: Any, tokens: _Tokens) -> jax.Array | np.ndarray:
     mask = _as_array("attention_mask", value)
     _same_shape("attention_mask", mask, tokens)
     if isinstance(mask, jax.core.Tracer) and jnp.issubdtype(mask.dtype, jnp.floating):
@@ -257,7 +265,7 @@ def _check_mask(value: Any, tokens: _Tokens) -> jax.Array:
         empty = ~(host != 0).any(axis=1)
         if empty.any():
             raise InputError(f"attention_mask row {int(empty.argmax())} is all padding; leave such rows out")
-    return jnp.asarray(mask, bool)
+    return _cast(mask, bool)
 
 
 def _check_head_mask(value: Any, config: BertConfig) -> jax.Array:
@@ -302,7 +310,8 @@ def _check_runs(segments: Any) -> None:
     if segments.ndim != 2 or not _has_values(segments):
         return
     host = np.asarray(segments)
-    starts = np.pad(host[:, 1:] != host[:, :-1], ((0, 0), (1, 0)), constant_values=True) & (host != 0)
+    starts = host != 0
+    starts[:, 1:] &= host[:, 1:] != host[:, :-1]
     rows, columns = np.nonzero(starts)
     order = np.lexsort((columns, host[starts], rows))
     ids, row = host[starts][order], rows[order]

@@ -12,8 +12,11 @@ import numpy as np
 #: Row lengths below the model's own limit. Short texts go into short rows because attention costs tokens times row
 #: length; two lengths catch nearly all of that, and each one more would be more shapes to compile.
 SHORT_ROW = 128
-#: Length of the single row that serves a lone short text, where latency counts.
-SINGLE_ROW = 32
+# Lengths that a lone row is cut down to: there latency counts, and what is computed of padding is lost.
+_LONE_ROWS = (16, 32, 64, SHORT_ROW)
+# What starting a step costs, as a part of what a full one does. Measured on a CPU with a small model: 30 to 120 tokens
+# of 2048.
+_START_COST = 1 / 16
 # Shortest text that is worth keeping a row open for: [CLS] and [SEP].
 _SHORTEST = 2
 
@@ -35,15 +38,27 @@ class Shapes:
         """Lengths of the rows that texts are packed into, ascending."""
         return (SHORT_ROW, self.max_length) if self.max_length > SHORT_ROW else (self.max_length,)
 
+    @property
+    def lone_lengths(self) -> tuple[int, ...]:
+        """Lengths that a row may have where it is a step of its own, ascending; at most five."""
+        shorter = [length for length in _LONE_ROWS if length < self.max_length]
+        if self.max_length > 2 * SHORT_ROW:
+            # The gap above is the wider one then; the shortest, which saves least, makes room for a length within it.
+            between = 16 * round((SHORT_ROW * self.max_length) ** 0.5 / 16)
+            shorter = [*shorter[1:], between]
+        return (*shorter, self.max_length)
+
     def row_counts(self, length: int) -> tuple[int, ...]:
         """How many rows of this length a step may have, ascending."""
         full = max(1, self.step_tokens // length)
-        return tuple(sorted({1, max(1, full // 4), full}))
+        # Of long rows a step has few to begin with.
+        part = max(1, full // 4) if length == self.row_lengths[0] else 1
+        return tuple(sorted({1, part, full}))
 
     def all(self) -> list[tuple[int, int]]:
-        """Every shape [rows, length] that may come out; the bound on the number of compilations."""
-        shapes = [(rows, length) for length in self.row_lengths for rows in self.row_counts(length)]
-        return ([(1, SINGLE_ROW)] if self.row_lengths[0] > SINGLE_ROW else []) + shapes
+        """Every shape [rows, length] that may come out, at most eight; the bound on the number of compilations."""
+        several = [(rows, length) for length in self.row_lengths for rows in self.row_counts(length) if rows > 1]
+        return [(1, length) for length in self.lone_lengths] + several
 
 
 def max_segments(length: int) -> int:
@@ -121,13 +136,24 @@ def pack(
     for length in shapes.row_lengths:
         of_length = [row for row in rows if row.length == length]
         start = 0
-        for count in _step_counts(len(of_length), shapes.row_counts(length)):
+        for count in _step_counts(len(of_length), length, shapes):
             step = of_length[start : start + count]
             start += count
-            used = sum(int(lengths[item]) for item in step[0].items)
-            single = count == 1 and used <= SINGLE_ROW < length and len(step[0].items) <= max_segments(SINGLE_ROW)
-            shape = (count, SINGLE_ROW if single else length)
+            shape = (count, _lone_length(step[0], lengths, shapes) if count == 1 else length)
             yield _fill(step, shape, input_ids, token_type_ids, pad_id)
+
+
+def full_batch(shape: tuple[int, int], token_id: int) -> PackedBatch:
+    """A step of this shape [rows, length] of which every row is one text of nothing but `token_id`."""
+    texts = [np.full(shape[1], token_id, np.int32)] * shape[0]
+    rows = [_Row(shape[1], [item]) for item in range(shape[0])]
+    return _fill(rows, shape, texts, [np.zeros_like(text) for text in texts], token_id)
+
+
+def _lone_length(row: _Row, lengths: np.ndarray, shapes: Shapes) -> int:
+    """The least length that a row may have where it is a step of its own."""
+    used = int(lengths[row.items].sum())
+    return next(n for n in shapes.lone_lengths if n >= used and (max_segments(n) >= len(row.items) or n >= row.length))
 
 
 def _best_fit(lengths: np.ndarray, row_lengths: Sequence[int]) -> list[_Row]:
@@ -159,13 +185,11 @@ def _best_fit(lengths: np.ndarray, row_lengths: Sequence[int]) -> list[_Row]:
     return rows
 
 
-def _step_counts(rows: int, counts: Sequence[int]) -> Iterator[int]:
-    """Divides a number of rows into steps: full ones, then the smallest that are not mostly empty."""
+def _step_counts(rows: int, length: int, shapes: Shapes) -> Iterator[int]:
+    """Divides a number of rows into steps, each of the count that costs least for a row that it holds."""
+    start = _START_COST * shapes.step_tokens
     while rows > 0:
-        enough = [count for count in counts if count >= rows]
-        below = [count for count in counts if count <= rows]
-        # Half-empty is the limit: running a large step for few rows costs more than running two small ones.
-        count = enough[0] if enough and (not below or 2 * rows > enough[0]) else below[-1]
+        count = min(shapes.row_counts(length), key=lambda count: (start + count * length) / min(count, rows))
         yield count
         rows -= count
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertjax.packing import Shapes, max_segments, pack
+from bertjax.packing import Shapes, full_batch, max_segments, pack
 
 SHAPES = st.builds(Shapes, max_length=st.integers(2, 300), step_tokens=st.integers(1, 5000))
 
@@ -47,10 +47,31 @@ def test_every_token_of_every_text_comes_back_once(case):
     assert sorted(seen) == list(range(len(texts)))
 
 
-@given(SHAPES)
+LENGTHS = st.sampled_from([2, 8, 16, 17, 64, 100, 127, 128, 129, 255, 256, 257, 384, 512, 2048, 8192])
+
+
+@settings(max_examples=500)
+@given(st.builds(Shapes, max_length=LENGTHS | st.integers(2, 9000), step_tokens=st.integers(1, 70_000)))
 def test_shapes_are_few(shapes):
-    assert len(shapes.all()) <= 8
-    assert all(length <= max(shapes.max_length, 32) for _, length in shapes.all())
+    found = shapes.all()
+    assert len(found) == len(set(found)) <= 8
+    assert all(1 <= length <= shapes.max_length for _, length in found)
+    assert list(shapes.lone_lengths) == sorted(set(shapes.lone_lengths))
+    # a lone text is padded to less than twice its length, wherever models are of usual sizes
+    pairs = zip(shapes.lone_lengths, shapes.lone_lengths[1:], strict=False)
+    assert shapes.max_length > 512 or all(longer <= 2.4 * shorter for shorter, longer in pairs)
+
+
+@settings(deadline=None, max_examples=100)
+@given(LENGTHS, st.sampled_from([1, 300, 2048, 32768]), st.data())
+def test_no_mixture_of_lengths_gives_another_shape(max_length, step_tokens, data):
+    shapes = Shapes(max_length=max_length, step_tokens=step_tokens)
+    longest = data.draw(st.integers(1, max_length))
+    runs = st.tuples(st.integers(1, longest), st.integers(1, 150))  # some texts of one length
+    lengths = [length for length, count in data.draw(st.lists(runs, max_size=6)) for _ in range(count)]
+    texts = [np.ones(length, np.int32) for length in lengths]
+    found = {batch.input_ids.shape for batch in pack(texts, texts, shapes)}
+    assert found <= set(shapes.all())
 
 
 def test_fill_is_high_on_mixed_lengths():
@@ -61,9 +82,39 @@ def test_fill_is_high_on_mixed_lengths():
     assert fill > 0.98
 
 
-def test_one_short_text_gets_the_small_shape():
-    (batch,) = pack([np.ones(9, np.int32)], [np.zeros(9, np.int32)], Shapes(max_length=256, step_tokens=4096))
-    assert batch.input_ids.shape == (1, 32)
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([9], 16),
+        ([17], 32),
+        ([40], 64),
+        ([100], 128),
+        ([129], 256),
+        ([5, 5, 5], 32),  # no room for three texts in the shortest
+        ([2] * 9, 128),  # nor for nine in the one that their tokens would fit
+    ],
+)
+def test_a_lone_row_is_as_short_as_it_can_be(lengths, expected):
+    texts = [np.ones(length, np.int32) for length in lengths]
+    (batch,) = pack(texts, texts, Shapes(max_length=256, step_tokens=4096))
+    assert batch.input_ids.shape == (1, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps"), [(1, [1]), (4, [4]), (5, [4, 1]), (15, [16]), (18, [16, 1, 1]), (32, [16, 16])]
+)
+def test_the_last_rows_go_into_the_steps_that_cost_least(rows, steps):
+    texts = [np.ones(128, np.int32)] * rows
+    batches = pack(texts, texts, Shapes(max_length=256, step_tokens=2048))
+    assert [len(batch.input_ids) for batch in batches] == steps
+
+
+def test_a_full_batch_has_a_text_in_every_row():
+    batch = full_batch((3, 20), 7)
+    assert (batch.input_ids == 7).all()
+    assert (batch.segment_ids == 1).all()
+    np.testing.assert_array_equal(batch.position_ids, [list(range(20))] * 3)
+    assert batch.rows.tolist() == [0, 1, 2]
 
 
 def test_nothing_to_pack():
