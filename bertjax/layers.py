@@ -10,19 +10,23 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bertjax.attention import attend, matmul_precision, relative_bias
+from bertjax.attention import Segments, attend, matmul_precision, relative_bias
 from bertjax.config import BertConfig
 
 DType = jax.typing.DTypeLike
 
 
 def _gelu_erf(x: jax.Array) -> jax.Array:
-    """x Phi(x), the exact GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
-    return jax.nn.gelu(x, approximate=False)
+    """x Phi(x), the exact GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+
+    By erf, as in the reference: `jax.nn.gelu` takes erfc, for which XLA computes three approximations and chooses.
+    """
+    return 0.5 * x * (1.0 + lax.erf(x * np.float32(np.sqrt(0.5))))
 
 
 def _gelu_tanh(x: jax.Array) -> jax.Array:
@@ -91,17 +95,18 @@ def _to_matmul_dtypes(
     return x.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(jnp.float32)
 
 
-def layer_norm(config: BertConfig, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(config: BertConfig, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """LayerNorm over the hidden axis, in float32.
 
-    The variance is taken in two passes: E[x^2] - E[x]^2 cancels badly where activations are large.
+    In a float32 model the variance is taken in two passes: E[x^2] - E[x]^2 cancels badly where the mean is large. What
+    that loses is far below the rounding of a shorter compute dtype, where it saves a pass over the activations.
     """
     return nnx.LayerNorm(
         config.hidden_size,
         epsilon=config.layer_norm_eps,
         dtype=jnp.float32,
         param_dtype=param_dtype,
-        use_fast_variance=False,
+        use_fast_variance=jnp.dtype(dtype) != jnp.float32,
         rngs=rngs,
     )
 
@@ -143,7 +148,7 @@ class BertEmbeddings(nnx.Module):
     Where positions are relative, the table of positions is kept, as checkpoints have it, but not added.
     """
 
-    def __init__(self, config: BertConfig, *, param_dtype: DType, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
         def table(rows: int) -> nnx.Embed:
             return embedding(
                 rows,
@@ -156,7 +161,7 @@ class BertEmbeddings(nnx.Module):
         self.word_embeddings = table(config.vocab_size)
         self.position_embeddings = table(config.max_position_embeddings)
         self.token_type_embeddings = table(config.type_vocab_size)
-        self.layer_norm = layer_norm(config, param_dtype, rngs)
+        self.layer_norm = layer_norm(config, dtype, param_dtype, rngs)
         self.pad_token_id = config.pad_token_id
         self.adds_positions = config.position_embedding_type == "absolute"
         self.dropout_rate = config.hidden_dropout_prob
@@ -215,14 +220,15 @@ class BertSelfAttention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        segments: Segments,
         dropout_key: jax.Array | None,
         return_weights: bool,
         head_mask: jax.Array | None,
+        backend: str,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length].
 
-        `head_mask`, float32 [heads], multiplies the weights of each head.
+        `head_mask`, float32 [heads], multiplies the weights of each head. `segments` and `backend`: see `attend`.
         """
         heads = (*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
         query, key, value = (
@@ -232,8 +238,9 @@ class BertSelfAttention(nnx.Module):
             query,
             key,
             value,
-            mask,
+            segments,
             self._bias(query, key),
+            backend=backend,
             dropout_rate=self.dropout_rate,
             dropout_key=dropout_key,
             return_weights=return_weights,
@@ -265,10 +272,14 @@ class BertFeedForward(nnx.Module):
         self.intermediate = linear(config.hidden_size, config.intermediate_size, **options)
         self.output = linear(config.intermediate_size, config.hidden_size, **options)
         self.activation = config.hidden_act
+        self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float32 [batch, length, hidden] to the same shape."""
-        return self.output(ACTIVATION_FUNCTIONS[self.activation](self.intermediate(x)))
+        hidden = ACTIVATION_FUNCTIONS[self.activation](self.intermediate(x)).astype(self.dtype)
+        # For a TPU, XLA would pull both into the next matmul, and compute them anew for each of its tiles.
+        hidden = lax.platform_dependent(hidden, tpu=lax.optimization_barrier, default=lambda hidden: hidden)
+        return self.output(hidden)
 
 
 class BertLayer(nnx.Module):
@@ -276,22 +287,23 @@ class BertLayer(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
         self.attention = BertSelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.attention_norm = layer_norm(config, param_dtype, rngs)
+        self.attention_norm = layer_norm(config, dtype, param_dtype, rngs)
         self.feed_forward = BertFeedForward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.feed_forward_norm = layer_norm(config, param_dtype, rngs)
+        self.feed_forward_norm = layer_norm(config, dtype, param_dtype, rngs)
         self.dropout_rate = config.hidden_dropout_prob
 
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        segments: Segments,
         dropout_key: jax.Array | None = None,
         return_weights: bool = False,
         head_mask: jax.Array | None = None,
+        backend: str = "xla",
     ) -> tuple[jax.Array, jax.Array | None]:
         """Maps float32 [batch, length, hidden] to the same shape, and to weights [batch, heads, length, length]."""
         attention_key, hidden_key, output_key = _split(dropout_key, 3)
-        attended, weights = self.attention(x, mask, attention_key, return_weights, head_mask)
+        attended, weights = self.attention(x, segments, attention_key, return_weights, head_mask, backend)
         x = self.attention_norm(x + dropout(attended, self.dropout_rate, hidden_key))
         x = self.feed_forward_norm(x + dropout(self.feed_forward(x), self.dropout_rate, output_key))
         return x, weights
@@ -313,7 +325,7 @@ class BertPredictionTransform(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
         self.dense = _square(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.layer_norm = layer_norm(config, param_dtype, rngs)
+        self.layer_norm = layer_norm(config, dtype, param_dtype, rngs)
         self.activation = config.hidden_act
 
     def __call__(self, hidden: jax.Array) -> jax.Array:

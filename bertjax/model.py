@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from bertjax import cpu
+from bertjax.attention import Segments, check_attention, choose_backend, prepare
 from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
@@ -55,6 +57,7 @@ class BertEncoder(nnx.Module):
         param_dtype: DType,
         remat: bool,
         unroll: int | bool,
+        attention: str,
         rngs: nnx.Rngs,
     ):
         @nnx.split_rngs(splits=config.num_hidden_layers)
@@ -66,11 +69,14 @@ class BertEncoder(nnx.Module):
         self.num_layers = config.num_hidden_layers
         self.remat = remat
         self.unroll = unroll
+        self.attention = attention
+        self.config = config
+        self.dtype = dtype
 
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        segments: Segments,
         *,
         head_mask: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
@@ -78,20 +84,46 @@ class BertEncoder(nnx.Module):
         output_attentions: bool = False,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Maps float32 [batch, length, hidden] to the last hidden state, all hidden states and the attentions."""
+        backend = choose_backend(
+            self.attention,
+            length=x.shape[1],
+            head_dim=self.config.head_dim,
+            dtype=self.dtype,
+            relative=self.config.position_embedding_type != "absolute",
+            dropout=dropout_key is not None and self.config.attention_probs_dropout_prob > 0.0,
+            return_weights=output_attentions,
+        )
 
-        def step(x, scanned):
-            layer, key, heads = scanned
-            y, weights = layer(x, mask, key, output_attentions, heads)
-            return y, (x if output_hidden_states else None, weights)
+        def scan(layers: BertLayer, x: jax.Array, segments: Segments) -> tuple[Any, ...]:
+            segments = prepare(segments, backend)
 
-        if self.remat:
-            # Inside a scan nothing can be merged with the forward pass, so nothing has to be kept from it.
-            step = jax.checkpoint(step, prevent_cse=False)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
-        last, (hidden, attentions) = lax.scan(step, x, (self.layers, keys, head_mask), unroll=self.unroll)
-        if output_hidden_states:
-            hidden = jnp.concatenate([hidden, last[None]])
-        return last, hidden, attentions
+            def step(x, scanned):
+                layer, key, heads = scanned
+                y, weights = layer(x, segments, key, output_attentions, heads, backend)
+                return y, (x if output_hidden_states else None, weights)
+
+            if self.remat:
+                # Inside a scan nothing can be merged with the forward pass, so nothing has to be kept from it.
+                step = jax.checkpoint(step, prevent_cse=False)
+            keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
+            last, (hidden, attentions) = lax.scan(step, x, (layers, keys, head_mask), unroll=self.unroll)
+            if output_hidden_states:
+                hidden = jnp.concatenate([hidden, last[None]])
+            return last, hidden, attentions
+
+        more = output_hidden_states or output_attentions or head_mask is not None or dropout_key is not None
+        if more or backend != "xla" or not self._native():
+            return scan(self.layers, x, segments)
+
+        def native(layers: BertLayer, x: jax.Array, segments: Segments) -> jax.Array:
+            return cpu.encode(x, segments, layers, self.config, self.dtype)
+
+        return cpu.encoder_or(native, lambda *args: scan(*args)[0], self.layers, x, segments), None, None
+
+    def _native(self) -> bool:
+        """Whether a call for nothing but the last hidden state may be run by `bertjax.cpu`."""
+        chosen = self.attention == "auto" and not self.remat and cpu.is_plain(self.layers)
+        return chosen and cpu.problem(self.config, self.dtype) is None
 
 
 class BertModel(nnx.Module):
@@ -108,6 +140,9 @@ class BertModel(nnx.Module):
         param_dtype: dtype of the parameters.
         remat: recompute each layer's activations in the backward pass instead of keeping them.
         unroll: how many layers one step of the scan runs; True unrolls all of them.
+        attention: what computes attention: "xla", "cudnn" or "tpu" (see `bertjax.attention`), or "auto", which chooses
+            for each call, and on a CPU may run the whole encoder natively (see `bertjax.cpu`). Where one that is asked
+            for can't do what a call needs, the call is refused.
         rngs: random keys for the initial parameters.
     """
 
@@ -120,15 +155,26 @@ class BertModel(nnx.Module):
         param_dtype: DType = jnp.float32,
         remat: bool = False,
         unroll: int | bool = 1,
+        attention: str = "auto",
         rngs: nnx.Rngs,
     ):
         dtype = check_dtype("dtype", dtype)
         param_dtype = check_dtype("param_dtype", param_dtype)
         if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
             raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
+        relative = config.position_embedding_type != "absolute"
+        check_attention(attention, dtype=dtype, head_dim=config.head_dim, relative=relative)
         self.config = config
-        self.embeddings = BertEmbeddings(config, param_dtype=param_dtype, rngs=rngs)
-        self.encoder = BertEncoder(config, dtype=dtype, param_dtype=param_dtype, remat=remat, unroll=unroll, rngs=rngs)
+        self.embeddings = BertEmbeddings(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.encoder = BertEncoder(
+            config,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+            unroll=unroll,
+            attention=attention,
+            rngs=rngs,
+        )
         self.pooler = BertPooler(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if add_pooling_layer else None
         # How the checkpoint spelt its names, kept so that `save_pretrained` gives the same file back.
         self.layout = None
@@ -230,7 +276,7 @@ def encode(
     x = model.embeddings(input_ids, types, positions, embedding_key, inputs_embeds=embeds)
     last, hidden_states, attentions = model.encoder(
         x,
-        _may_attend(tokens, inputs["attention_mask"], segment_ids),
+        Segments.of(inputs["attention_mask"], segment_ids),
         head_mask=inputs["head_mask"],
         dropout_key=encoder_key,
         output_hidden_states=output_hidden_states,
@@ -265,16 +311,6 @@ def _counted_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.
     positions = index - lax.cummax(jnp.where(starts, index, 0), axis=1)
     # Padding may run on past the last position, and what is looked up there must at least be finite.
     return jnp.where(segment_ids == 0, 0, positions)
-
-
-def _may_attend(tokens: jax.Array, attention_mask: jax.Array | None, segment_ids: jax.Array | None) -> jax.Array:
-    """Which key each query may look at: bool, broadcastable to [batch, heads, queries, keys]."""
-    mask = jnp.ones((1, 1, 1, tokens.shape[1]), bool)
-    if attention_mask is not None:
-        mask = attention_mask[:, None, None, :]
-    if segment_ids is not None:
-        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return mask
 
 
 def _first_states(hidden: jax.Array, segment_ids: jax.Array | None, max_segments: int | None) -> jax.Array:

@@ -47,6 +47,7 @@ def from_pretrained(
     add_pooling_layer: bool | None = None,
     remat: bool = False,
     unroll: int | bool = 1,
+    attention: str = "auto",
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     prefix: str | None = None,
     untie: bool = False,
@@ -77,6 +78,7 @@ def from_pretrained(
         add_pooling_layer: whether a `BertModel` has a pooler; default: if the checkpoint has one.
         remat: see `BertModel`.
         unroll: see `BertModel`.
+        attention: see `BertModel`.
         sharding: where the parameters go: a device, or a sharding that fits every one of them; default: JAX's default
             device.
         prefix: what stands before the encoder's tensor names, for a file that holds several encoders.
@@ -105,7 +107,7 @@ def from_pretrained(
     if any(option is not None for option in (num_labels, id2label, problem_type)):
         config = with_labels(config, num_labels=num_labels, id2label=id2label, problem_type=problem_type)
         check_labels(kind, config, survey, parts)
-    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
+    options = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll, "attention": attention}
     if issubclass(kind, BertModel):
         options["add_pooling_layer"] = _has_pooler(survey, parts, add_pooling_layer)
     elif add_pooling_layer is not None:

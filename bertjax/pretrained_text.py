@@ -42,6 +42,7 @@ def load_sentence_encoder(
     revision: str | None = None,
     dtype: DType = jnp.float32,
     param_dtype: DType | None = None,
+    attention: str = "auto",
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     tokenizer_normalizer: str | None = None,
     ignore: Iterable[str] = (),
@@ -60,6 +61,7 @@ def load_sentence_encoder(
         revision: see `from_pretrained`.
         dtype: see `BertModel`.
         param_dtype: dtype of the encoder's parameters; default: `dtype`.
+        attention: see `BertModel`.
         sharding: see `from_pretrained`.
         tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.
         ignore: see `from_pretrained`.
@@ -95,6 +97,7 @@ def load_sentence_encoder(
         BertModel,
         dtype=dtype,
         param_dtype=param_dtype,
+        attention=attention,
         add_pooling_layer=False,
         sharding=sharding,
         ignore=ignore,
@@ -192,6 +195,7 @@ def load_task(
     revision: str | None = None,
     dtype: DType = jnp.float32,
     param_dtype: DType | None = None,
+    attention: str = "auto",
     sharding: jax.sharding.Sharding | jax.Device | None = None,
     tokenizer_normalizer: str | None = None,
     ignore: Iterable[str] = (),
@@ -208,6 +212,7 @@ def load_task(
         revision: see `from_pretrained`.
         dtype: see `BertModel`.
         param_dtype: dtype of the parameters; default: `dtype`.
+        attention: see `BertModel`.
         sharding: see `from_pretrained`.
         tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.
         ignore: see `from_pretrained`.
@@ -231,6 +236,7 @@ def load_task(
         task.kind,
         dtype=dtype,
         param_dtype=param_dtype,
+        attention=attention,
         sharding=sharding,
         ignore=ignore,
     )

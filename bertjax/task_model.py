@@ -93,7 +93,7 @@ class BertWithHeads(nnx.Module):
         add_pooling_layer: whether the encoder has a pooler.
         tied: whether "predictions" uses the word embeddings for a kernel instead of having its own.
         num_labels: width of "classifier"; default: `config.num_labels`.
-        dtype, param_dtype, remat, unroll, rngs: see `BertModel`.
+        dtype, param_dtype, remat, unroll, attention, rngs: see `BertModel`.
 
     Raises:
         ConfigError: there is no such head, or an option is not usable.
@@ -111,6 +111,7 @@ class BertWithHeads(nnx.Module):
         param_dtype: DType = jnp.float32,
         remat: bool = False,
         unroll: int | bool = 1,
+        attention: str = "auto",
         rngs: nnx.Rngs,
     ):
         unknown = sorted(set(heads) - set(HEADS))
@@ -122,7 +123,8 @@ class BertWithHeads(nnx.Module):
         options = dtypes | {"rngs": rngs}
         dense = functools.partial(linear, config.hidden_size, initializer_range=config.initializer_range, **options)
         self.config = config
-        self.bert = BertModel(config, add_pooling_layer=add_pooling_layer, remat=remat, unroll=unroll, **options)
+        encoder = {"remat": remat, "unroll": unroll, "attention": attention}
+        self.bert = BertModel(config, add_pooling_layer=add_pooling_layer, **encoder, **options)
         self.predictions = BertPredictionHead(config, tied=tied, **options) if "predictions" in heads else None
         self.seq_relationship = dense(2) if "seq_relationship" in heads else None
         self.classifier = dense(num_labels or config.num_labels) if "classifier" in heads else None
@@ -152,7 +154,7 @@ class TaskModel(BertWithHeads):
     """A BERT for one task: the class fixes the heads, the configuration says the rest (labels, tying).
 
     Calling one compiles it, once per shape; inside a caller's own `jit` the call is simply traced. The options are
-    `BertModel`'s dtype, param_dtype, remat and unroll.
+    `BertModel`'s dtype, param_dtype, remat, unroll and attention.
     """
 
     heads: ClassVar[tuple[str, ...]]

@@ -1,9 +1,12 @@
 """What is installed, and what importing it costs. Runs outside the checkout, as a user would."""
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -20,15 +23,26 @@ def python(code: str, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Builds the wheel from a copy of the checkout, so that nothing is left in it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
-    shutil.copytree(ROOT, folder / "source", ignore=ignored)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder, folder / "source"]
-    done = subprocess.run(build, capture_output=True, text=True)
+def source(tmp_path_factory) -> Path:
+    """A copy of the checkout without anything that was built, so that nothing is left in the checkout."""
+    folder = tmp_path_factory.mktemp("source") / "bertjax"
+    built = (".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "*.so")
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*built))
+    return folder
+
+
+def build(source: Path, out: Path, kind: str, **environment: str) -> tuple[Path, str]:
+    """Builds a wheel or an sdist; returns its path and what was printed."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "-o", out, source]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("*.whl"))
+    shutil.rmtree(source / "build", ignore_errors=True)
+    return next(path for path in out.iterdir() if path.suffix in (".whl", ".gz")), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return build(source, tmp_path_factory.mktemp("wheel"), "wheel")[0]
 
 
 def test_the_wheel_holds_bertjax_and_nothing_else(wheel):
@@ -36,6 +50,31 @@ def test_the_wheel_holds_bertjax_and_nothing_else(wheel):
     assert {name.split("/")[0] for name in names} == {"bertjax", "bertjax-0.1.0.dist-info"}
     assert "bertjax/convert/rules.py" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_native_encoder_is_compiled_where_it_can_be(wheel):
+    compiled = platform.system() == "Linux" and platform.machine() == "x86_64" and shutil.which("c++") is not None
+    names = zipfile.ZipFile(wheel).namelist()
+    assert ("bertjax/cpu/libencoder.so" in names) == compiled
+    assert wheel.name == f"bertjax-0.1.0-py3-none-{'linux_x86_64' if compiled else 'any'}.whl"
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_says_so(source, tmp_path):
+    path, printed = build(source, tmp_path, "wheel", CC="no-such-compiler", CXX="no-such-compiler")
+    assert path.name == "bertjax-0.1.0-py3-none-any.whl"
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(path).namelist())
+    assert "bertjax: " in printed
+    assert "XLA alone will be used" in printed
+
+
+def test_the_sdist_has_what_is_compiled(source, tmp_path):
+    with tarfile.open(build(source, tmp_path, "sdist")[0]) as archive:
+        names = archive.getnames()
+    native = [path.name for path in (ROOT / "bertjax" / "cpu").iterdir() if path.suffix in (".cc", ".h")]
+    assert "encoder.cc" in native
+    assert {f"bertjax-0.1.0/bertjax/cpu/{name}" for name in native} < set(names)
+    assert "bertjax-0.1.0/setup.py" in names
+    assert not any(name.endswith(".so") for name in names)
 
 
 def test_the_wheel_works_elsewhere(wheel, tmp_path):

@@ -1,0 +1,75 @@
+"""Attention in plain XLA: runs everywhere and can do everything."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def attend_xla(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    dropout_rate: float,
+    dropout_key: jax.Array | None,
+    return_weights: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """See `bertjax.attention.attend`; `mask` is what `Segments.dense_mask` returns."""
+    dtype = query.dtype
+    precision = matmul_precision(dtype)
+    # Keys are laid out [batch, heads, head_dim, keys]: XLA's fast CPU matmul wants a row-major right-hand side, and a
+    # contraction over the last axis of both operands misses it.
+    q = query.transpose(0, 2, 1, 3)
+    k = key.transpose(0, 2, 3, 1)
+    v = value.transpose(0, 2, 1, 3)
+    scores = jnp.matmul(q, k, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores * (query.shape[-1] ** -0.5)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    returned = weights / total if return_weights else None
+    if dropout_key is not None and dropout_rate > 0.0:
+        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
+        weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
+    context = _weighted(weights, total, v)
+    return context.astype(dtype).transpose(0, 2, 1, 3), returned
+
+
+def _divided_after(weights: jax.Array, total: jax.Array, value: jax.Array) -> jax.Array:
+    """weights value / total: the division touches head_dim numbers per query instead of one per key."""
+    options = {"precision": matmul_precision(value.dtype), "preferred_element_type": jnp.float32}
+    return jnp.matmul(weights.astype(value.dtype), value, **options) / total
+
+
+def _divided_before(weights: jax.Array, total: jax.Array, value: jax.Array) -> jax.Array:
+    """The same with the weights divided."""
+    return _divided_after(weights / total, jnp.ones((), total.dtype), value)
+
+
+@jax.custom_jvp
+def _weighted(weights: jax.Array, total: jax.Array, value: jax.Array) -> jax.Array:
+    """weights value / total, as XLA fuses it with the softmax: for a TPU only where the weights are divided.
+
+    What the program is compiled for is known only then, so both are traced. For gradients that would keep both ways'
+    intermediates, so that there one way serves every platform.
+    """
+    return lax.platform_dependent(weights, total, value, tpu=_divided_before, default=_divided_after)
+
+
+@_weighted.defjvp
+def _weighted_jvp(primals, tangents):
+    return jax.jvp(_divided_after, primals, tangents)
+
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
+    """Precision to ask of a matmul whose inputs have this dtype.
+
+    GPUs and TPUs multiply float32 in a shorter format by default; float32 here means float32, so the highest is asked
+    for. Shorter dtypes have one way to be multiplied, and None leaves it to the backend.
+    """
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

@@ -1,0 +1,93 @@
+// Sharing work between threads: one crew for all steps of an encoder.
+
+#pragma once
+
+#include <immintrin.h>
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+namespace bertjax {
+
+// The calling thread and those of a pool that happen to be free. An encoder has some seventy short steps, so a helper
+// is asked for once and then waits for the next step by spinning. The caller takes part in every step and waits for
+// tasks, not for threads: a helper that never comes costs speed, but nothing else.
+class Crew {
+ public:
+  // `Pool` has num_threads() and Schedule(function), as xla::ffi::ThreadPool has.
+  template <class Pool>
+  explicit Crew(Pool& pool)
+      : threads(pool.num_threads() < 1 ? 1 : pool.num_threads()), state_(std::make_shared<State>()) {
+    for (int64_t i = 1; i < threads; ++i) pool.Schedule([state = state_] { state->Help(); });
+  }
+  ~Crew() { state_->ticket.store(kDone, std::memory_order_release); }
+  Crew(const Crew&) = delete;
+  Crew& operator=(const Crew&) = delete;
+
+  // Runs work(0), ..., work(tasks - 1) in any order and returns when all are done; less than 2^24 tasks.
+  void Run(int64_t tasks, const std::function<void(int64_t)>& work) {
+    State& state = *state_;
+    state.work.store(&work, std::memory_order_relaxed);
+    state.finished.store(0, std::memory_order_relaxed);
+    state.ticket.store((++step_ & 0x7fff) << 48 | uint64_t(tasks) << 24, std::memory_order_release);
+    while (state.Take()) {
+    }
+    for (int spins = 0; state.finished.load(std::memory_order_acquire) < tasks;) Wait(spins);
+  }
+
+  const int64_t threads;
+
+ private:
+  static constexpr uint64_t kDone = ~uint64_t(0);
+  // About 0.5 ms; whoever waits for longer lets other threads have the core.
+  static constexpr int kSpins = 20000;
+
+  static void Wait(int& spins) {
+    if (++spins < kSpins) {
+      _mm_pause();
+    } else {
+      sched_yield();
+    }
+  }
+
+  struct State {
+    // Step (16 bits), number of tasks (24 bits), next task (24 bits). They are one number so that a task is taken only
+    // of the step whose end was looked at, and `work` is then that step's too.
+    std::atomic<uint64_t> ticket{0};
+    std::atomic<int64_t> finished{0};
+    std::atomic<const std::function<void(int64_t)>*> work{nullptr};
+
+    bool Take() {
+      uint64_t current = ticket.load(std::memory_order_acquire);
+      while (current != kDone) {
+        const int64_t task = current & 0xffffff, tasks = (current >> 24) & 0xffffff;
+        if (task >= tasks) return false;
+        const auto* todo = work.load(std::memory_order_relaxed);
+        if (ticket.compare_exchange_weak(current, current + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+          (*todo)(task);
+          finished.fetch_add(1, std::memory_order_release);
+          return true;
+        }
+      }
+      return false;
+    }
+
+    void Help() {
+      for (int spins = 0; ticket.load(std::memory_order_acquire) != kDone;) {
+        if (Take()) {
+          spins = 0;
+        } else {
+          Wait(spins);
+        }
+      }
+    }
+  };
+
+  std::shared_ptr<State> state_;
+  uint64_t step_ = 0;
+};
+
+}  // namespace bertjax

@@ -1,0 +1,283 @@
+"""The native encoder beside the scan over layers that defines what it computes."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import random_model, tolerance
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from bertjax import BertConfig, cpu, functional
+from bertjax.cpu import library
+
+SMALL = BertConfig(
+    vocab_size=50,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=96,
+    max_position_embeddings=512,
+)
+WIDE = dataclasses.replace(SMALL, hidden_size=128, intermediate_size=256)  # heads of 64
+TARGET = library.TARGET
+
+# What this CPU can run must be there, wherever it can have been compiled; what it can't run is not tested.
+COMPILER = shutil.which("c++") or library.LIBRARY.exists()
+DTYPES = [dtype for dtype in ("float32", "bfloat16") if COMPILER and not library.missing_instructions(dtype)]
+FLOAT32 = DTYPES[:1]
+
+
+def draw(shape, *, lengths=None, packed=False, holes=False, nothing=False):
+    """Ids, with a mask or several texts to the row; `nothing` hides all tokens of the second text."""
+    rng = np.random.default_rng(0)
+    inputs = {"input_ids": rng.integers(1, SMALL.vocab_size, shape)}
+    index = np.arange(shape[1])
+    if lengths:
+        inputs["attention_mask"] = (index < np.array(lengths)[:, None]).astype(int)
+    if holes:
+        inputs["attention_mask"] = ((index + np.arange(shape[0])[:, None]) % 3 != 1).astype(int)
+    if packed:
+        ends = [shape[1] // 5, shape[1] // 2, shape[1] - 7]
+        number = 1 + np.searchsorted(ends, index, side="right")
+        inputs["segment_ids"] = np.tile(np.where(number > len(ends), 0, number), (shape[0], 1))
+    if nothing:
+        inputs["attention_mask"] = (inputs["segment_ids"] != 2).astype(int)
+    return inputs
+
+
+CASES = {
+    "one token": (SMALL, draw((1, 1))),
+    "33 tokens": (WIDE, draw((1, 33))),
+    "padded": (SMALL, draw((3, 128), lengths=[128, 77, 5])),
+    "packed": (WIDE, draw((2, 128), packed=True)),
+    "holes": (SMALL, draw((3, 41), holes=True)),
+    "a query without a key": (SMALL, draw((2, 128), packed=True, nothing=True)),
+    "511 tokens": (SMALL, draw((2, 511), lengths=[511, 300])),
+}
+
+
+def model_of(config, **options):
+    """A model with random weights, whose attention is about as sharp in both configurations.
+
+    As they are drawn, the scores of the wider one are so large that its softmax makes ten times as much of any
+    rounding; the scan is then as far from an exact result as the native encoder, and both are far.
+    """
+    model = random_model(config, **options)
+    for part in (model.encoder.layers.attention.query, model.encoder.layers.attention.key):
+        part.kernel[...] = part.kernel[...] * (SMALL.hidden_size / config.hidden_size)
+    return model
+
+
+@pytest.fixture(scope="module")
+def models():
+    """By configuration, dtype and attention: models with the same parameters."""
+    return {
+        (config, dtype, attention): model_of(config, dtype=jnp.dtype(dtype), attention=attention)
+        for config in (SMALL, WIDE)
+        for dtype in ("float32", "bfloat16")
+        for attention in ("auto", "xla")
+    }
+
+
+def states(model, inputs):
+    return np.asarray(model(**inputs).last_hidden_state)
+
+
+def program(model, inputs, **options):
+    """The program of a call, before XLA compiles it."""
+    apply, params = functional(model)
+    return jax.jit(lambda params, inputs: apply(params, **inputs, **options)).lower(params, inputs).as_text()
+
+
+def angles(a, b):
+    """1 - cosine between the states of each token."""
+    return 1 - (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_there_where_the_cpu_can_run_it(dtype):
+    assert library.library_problem(dtype) is None
+    assert cpu.available(dtype)
+
+
+@pytest.mark.parametrize("case", CASES if FLOAT32 else ())
+def test_float32_equals_the_scan(case, models):
+    config, inputs = CASES[case]
+    expected = states(models[config, "float32", "xla"], inputs)
+    bound = tolerance(expected, config.num_hidden_layers)
+    np.testing.assert_allclose(states(models[config, "float32", "auto"], inputs), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("case", CASES if "bfloat16" in DTYPES else ())
+def test_bfloat16_is_as_close_to_float32_as_the_scan_is(case, models):
+    config, inputs = CASES[case]
+    exact = states(models[config, "float32", "xla"], inputs)
+    scan = states(models[config, "bfloat16", "xla"], inputs)
+    found = states(models[config, "bfloat16", "auto"], inputs)
+    # Both round the same numbers to 8 bits, and once more each the attention weights, at another point.
+    assert np.median(angles(found, exact)) <= 1.5 * np.median(angles(scan, exact)) + 1e-7
+    assert angles(found, exact).max() <= 2 * angles(scan, exact).max() + 1e-7
+    assert angles(found, scan).max() <= 2 * angles(scan, exact).max() + 1e-7
+    assert not np.array_equal(found, states(models[config, "float32", "auto"], inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "float16"])
+def test_parameters_may_have_another_dtype(dtype, param_dtype, models):
+    """Parameters that are exact in it, so that nothing else differs."""
+    inputs = CASES["33 tokens"][1]
+    _, params = functional(models[SMALL, "float32", "auto"])
+    kinds = [
+        random_model(SMALL, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(kind)) for kind in (param_dtype, "float32")
+    ]
+    for model in kinds:
+        old = nnx.state(model)
+        exact = jax.tree.map(lambda x, y: x.astype(jnp.float8_e4m3fn).astype(y.dtype), params, nnx.to_pure_dict(old))
+        nnx.update(model, exact)
+        assert TARGET in program(model, inputs)
+    np.testing.assert_array_equal(states(kinds[0], inputs), states(kinds[1], inputs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_segments_do_not_leak(dtype, models):
+    inputs = CASES["packed"][1]
+    others = inputs["segment_ids"] != 2
+    changed = inputs | {"input_ids": np.where(others, inputs["input_ids"], inputs["input_ids"][:, ::-1])}
+    model = models[WIDE, dtype, "auto"]
+    before, after = states(model, inputs), states(model, changed)
+    np.testing.assert_array_equal(before[others], after[others])
+    assert (before[~others] != after[~others]).any(-1).all()
+
+
+@pytest.mark.parametrize("attention", ["auto"] * len(FLOAT32))
+def test_a_text_is_the_same_alone_and_in_company(attention, models):
+    inputs = CASES["packed"][1]
+    model = models[WIDE, "float32", attention]
+    together = states(model, inputs)
+    for segment in (1, 2, 3):
+        where = inputs["segment_ids"][1] == segment
+        alone = states(model, {"input_ids": inputs["input_ids"][1:, where]})[0]
+        np.testing.assert_allclose(alone, together[1, where], rtol=0, atol=tolerance(alone, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", FLOAT32)
+def test_derivatives_are_the_scans(dtype, models):
+    inputs = CASES["holes"][1]
+
+    def gradients(model):
+        apply, params = functional(model)
+        return jax.jit(jax.grad(lambda params: (apply(params, **inputs).last_hidden_state ** 2)[:, 0].sum()))(params)
+
+    found, expected = (gradients(models[SMALL, dtype, attention]) for attention in ("auto", "xla"))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert max(float(jnp.abs(array).max()) for array in jax.tree.leaves(found)) > 0.01
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_works_under_vmap_and_jit(dtype, models):
+    inputs = CASES["padded"][1]
+    apply, params = functional(models[SMALL, dtype, "auto"])
+
+    def each(params, inputs):
+        return apply(params, **{name: array[None] for name, array in inputs.items()}).last_hidden_state[0]
+
+    over_rows = jax.jit(jax.vmap(each, (None, 0)))
+    assert TARGET in over_rows.lower(params, inputs).as_text()
+    twice = jax.tree.map(lambda array: jnp.stack([array, array * 0.5]), params)
+    over_models = jax.jit(jax.vmap(lambda params: apply(params, **inputs).last_hidden_state))
+    expected = states(models[SMALL, dtype, "auto"], inputs)
+    bound = tolerance(expected, 2)
+    np.testing.assert_allclose(over_rows(params, inputs), expected, rtol=0, atol=bound)
+    np.testing.assert_allclose(over_models(twice)[0], expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("attention", ["auto"] * len(FLOAT32))
+def test_the_call_is_in_a_program_for_one_cpu_and_in_no_other(attention, models):
+    inputs = {"input_ids": np.ones((8, 4), int)}
+    model = models[SMALL, "float32", attention]
+    assert program(model, inputs).count(f"@{TARGET}") == 1
+    assert TARGET not in program(models[SMALL, "float32", "xla"], inputs)
+    assert TARGET not in program(model, inputs, output_attentions=True)
+    assert TARGET not in program(model, inputs, output_hidden_states=True)
+    assert TARGET not in program(model, inputs, head_mask=np.ones(2))
+    assert TARGET not in program(model, inputs, dropout_key=jax.random.key(0))
+    assert TARGET not in program(random_model(SMALL, remat=True), inputs)
+    apply, params = functional(model)
+    f = jax.jit(lambda params, ids: apply(params, ids).last_hidden_state)
+    ids = inputs["input_ids"]
+    assert TARGET not in f.trace(params, ids).lower(lowering_platforms=("tpu",)).as_text()
+    for platforms in (["cpu"], ["cpu", "cuda", "tpu"]):
+        exported = jax.export.export(f, platforms=platforms)(params, ids)
+        assert TARGET not in exported.mlir_module()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit] if FLOAT32 else ())
+def test_what_is_spread_over_devices_is_a_scan(kind, models):
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(kind,))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 50, (len(jax.devices()), 6)), jnp.int32)
+    apply, params = functional(models[SMALL, "float32", "auto"])
+    f = jax.jit(lambda params, ids: apply(params, ids).last_hidden_state)
+    expected = f(params, ids)
+    spread = jax.device_put(ids, NamedSharding(mesh, PartitionSpec("data")))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    assert TARGET not in f.lower(params, spread).as_text()
+    found = f(params, spread)
+    assert len(found.sharding.device_set) == len(jax.devices()) == 8
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance(np.asarray(expected), 2))
+    if kind is AxisType.Auto:
+        inside = jax.shard_map(
+            f, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec("data")
+        )
+        assert TARGET not in jax.jit(inside).lower(params, spread).as_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, "activation gelu only, not relu"),
+        ({"hidden_act": "gelu_new"}, "activation gelu only, not gelu_new"),
+        ({"position_embedding_type": "relative_key"}, "no relative positions"),
+        ({"intermediate_size": 100}, "multiples of 32, not intermediate_size=100"),
+        ({"num_attention_heads": 4}, "multiples of 32, not head_dim=16"),
+        ({"hidden_size": 48, "num_attention_heads": 3}, "32, not hidden_size=48, head_dim=16"),
+    ],
+)
+def test_what_it_cannot_compute_is_named_and_left_to_the_scan(change, message):
+    config = dataclasses.replace(SMALL, **change)
+    assert message in cpu.problem(config, "float32")
+    assert TARGET not in program(random_model(config), {"input_ids": np.ones((1, 4), int)})
+
+
+def test_other_dtypes_and_cpus_are_named(monkeypatch):
+    assert "in float32 or bfloat16, not in float16" in cpu.problem(SMALL, jnp.float16)
+    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset(["avx512f", "avx512bw", "avx512dq", "fma", "bmi2"]))
+    assert library.library_problem.__wrapped__("float32") == "in float32 it needs a CPU with avx512vl"
+    assert "avx512vl, avx512_bf16, amx_tile, amx_bf16" in library.library_problem.__wrapped__("bfloat16")
+
+
+def test_without_a_usable_library_xla_is_used(tmp_path, monkeypatch, caplog, models):
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "libencoder.so")
+    assert "for want of a C++ compiler" in library._load.__wrapped__()
+    (tmp_path / "libencoder.so").write_bytes(b"no library")
+    assert "can't be loaded" in library._load.__wrapped__()
+    assert "XLA alone is; reinstall bertjax" in caplog.text
+    monkeypatch.setattr("bertjax.cpu.encoder.library_problem", lambda dtype: "it is not there")
+    assert TARGET not in program(models[SMALL, "float32", "auto"], {"input_ids": np.ones((1, 3), int)})
+
+
+def test_an_adapter_is_left_to_the_scan():
+    model = random_model(SMALL)
+    dense = model.encoder.layers.attention.query
+    assert cpu.is_plain(model.encoder.layers)
+
+    class Adapted(nnx.Linear):
+        """Stands for any class that computes more than a dense layer."""
+
+    dense.__class__ = Adapted
+    assert not cpu.is_plain(model.encoder.layers)
+    assert TARGET not in program(model, {"input_ids": np.ones((1, 3), int)})
