@@ -8,6 +8,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from oracle import require
 
 from benchmarks import __main__ as command_line
 from benchmarks import harness, reports, timing, workloads
@@ -338,7 +339,7 @@ def test_the_report_names_every_peer_that_was_asked_for():
 
 
 def test_results_are_text_json_and_a_plot(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+    require("matplotlib")
     monkeypatch.setattr(timing, "RESULTS", tmp_path / "results")
     found = report_of(found_rows())
     path = timing.save("trial", reports.report(found), found)
