@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -255,7 +257,9 @@ def test_what_it_cannot_compute_is_named_and_left_to_the_scan(change, message):
 
 def test_other_dtypes_and_cpus_are_named(monkeypatch):
     assert "in float32 or bfloat16, not in float16" in cpu.problem(SMALL, jnp.float16)
-    monkeypatch.setattr(library, "_cpu_flags", lambda: frozenset(["avx512f", "avx512bw", "avx512dq", "fma", "bmi2"]))
+    monkeypatch.setattr(
+        library, "_cpu_flags", lambda: frozenset(["avx512f", "avx512bw", "avx512dq", "fma", "bmi2", "abm", "popcnt"])
+    )
     assert library.library_problem.__wrapped__("float32") == "in float32 it needs a CPU with avx512vl"
     assert "avx512vl, avx512_bf16, amx_tile, amx_bf16" in library.library_problem.__wrapped__("bfloat16")
 
@@ -281,3 +285,47 @@ def test_an_adapter_is_left_to_the_scan():
     dense.__class__ = Adapted
     assert not cpu.is_plain(model.encoder.layers)
     assert TARGET not in program(model, {"input_ids": np.ones((1, 3), int)})
+
+
+BUSY = """
+import threading
+import jax, numpy as np, jax.numpy as jnp
+from bertjax.cpu import available
+from bertjax.cpu.library import TARGET
+
+assert available("float32")
+
+def encoder(layers, length, hidden):
+    kernels = [jnp.zeros((layers, hidden, hidden))] * 6
+    vectors = [jnp.ones((layers, hidden))] * 10
+    x, everything = jnp.ones((1, length, hidden)), jnp.zeros((0, 0), jnp.int32)
+    call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, x.dtype))
+    run = jax.jit(lambda *args: call(*args, heads=np.int64(1), eps=np.float32(1e-6), compute=np.int64(0)))
+    return lambda: run(x, everything, everything, *kernels, *vectors).block_until_ready()
+
+long, short = encoder(24, 512, 512), encoder(1, 1, 32)
+long(), short()
+stop = threading.Event()
+
+def keep_busy():
+    while not stop.is_set():
+        long()
+
+threads = [threading.Thread(target=keep_busy) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(5000):
+    short()
+stop.set()
+for thread in threads:
+    thread.join()
+print("ended")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FLOAT32, reason="this CPU can't run the library")
+def test_calls_end_while_others_keep_every_thread_busy():
+    # Helpers that find no thread pile up in XLA's queue, which holds 1024 of them for each thread.
+    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "ended\n", done.stderr

@@ -82,14 +82,14 @@ struct Head {
 
   Head(const T* key, const T* value, int64_t stride, int64_t length, int64_t width)
       : length(length), padded(RoundUp(length, kPanel)), width(width) {
-    static thread_local Scratch key_scratch, value_scratch, copy_scratch;
-    keys = key_scratch.template Get<T>(padded * width * sizeof(T));
-    values = value_scratch.template Get<T>(padded * width * sizeof(T));
+    static thread_local Scratch scratch;
+    keys = scratch.template Get<T>(3 * padded * width * sizeof(T));
+    values = keys + padded * width;
     for (int64_t j = 0; j < length; j += kPanel) {
       Way::PackTransposed(key + j * stride, stride, length - j, width, keys + j * width);
     }
     if (padded != length) {  // what follows the last value in memory may not be a number
-      T* copy = copy_scratch.template Get<T>(padded * width * sizeof(T));
+      T* copy = values + padded * width;
       for (int64_t j = 0; j < length; ++j) std::memcpy(copy + j * width, value + j * stride, width * sizeof(T));
       std::memset(copy + length * width, 0, (padded - length) * width * sizeof(T));
       value = copy;
@@ -104,13 +104,13 @@ template <class Way>
 void Attend(const Head<Way>& head, const Segments& segments, int64_t begin, int64_t end,
             const typename Way::Type* query, typename Way::Type* out, int64_t stride) {
   using T = typename Way::Type;
-  static thread_local Scratch score_scratch, weight_scratch;
+  static thread_local Scratch scratch;
   int64_t first, last;
   segments.Range(begin, end, head.length, &first, &last);
   first = first / kPanel * kPanel;
   const int64_t span = RoundUp(last, kPanel) - first, rows = end - begin;
-  float* scores = score_scratch.Get<float>(kPanel * span * sizeof(float));
-  T* weights = weight_scratch.Get<T>(kPanel * span * sizeof(T));
+  float* scores = scratch.Get<float>(kPanel * span * (sizeof(float) + sizeof(T)));
+  T* weights = reinterpret_cast<T*>(scores + kPanel * span);
   alignas(64) float product[kPanel * kPanel];
   float total[kPanel];
   for (int64_t j = 0; j < span; j += kPanel) {
@@ -148,12 +148,11 @@ void Attention(Crew& crew, int64_t batch, int64_t length, int64_t heads, int64_t
       own.key += row * length;
     }
     const Head<Way> head(key + at, value + at, stride, length, width);
-    Way::Begin();
+    const Tiles<Way> tiles;
     for (int64_t chunk = 0; chunk < Way::Chunks(length); ++chunk) {
       Attend<Way>(head, own, Way::FirstRow(chunk, length), Way::FirstRow(chunk + 1, length), query + at, out + at,
                   stride);
     }
-    Way::End();
   });
 }
 

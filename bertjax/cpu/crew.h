@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <new>
+#include <thread>
 
 namespace bertjax {
 
@@ -21,13 +23,20 @@ class Crew {
   template <class Pool>
   explicit Crew(Pool& pool)
       : threads(pool.num_threads() < 1 ? 1 : pool.num_threads()), state_(std::make_shared<State>()) {
-    for (int64_t i = 1; i < threads; ++i) pool.Schedule([state = state_] { state->Help(); });
+    for (int64_t i = 1; i < threads; ++i) {
+      // A pool whose queue is full runs the function at once, on this thread, which would then wait for itself.
+      pool.Schedule([state = state_, caller = std::this_thread::get_id()] {
+        if (std::this_thread::get_id() != caller) state->Help();
+      });
+    }
   }
   ~Crew() { state_->ticket.store(kDone, std::memory_order_release); }
   Crew(const Crew&) = delete;
   Crew& operator=(const Crew&) = delete;
 
-  // Runs work(0), ..., work(tasks - 1) in any order and returns when all are done; less than 2^24 tasks.
+  // Runs work(0), ..., work(tasks - 1) in any order and returns when all are done; less than kMostTasks. Throws
+  // std::bad_alloc if any of them did.
+  static constexpr int64_t kMostTasks = int64_t(1) << 24;
   void Run(int64_t tasks, const std::function<void(int64_t)>& work) {
     State& state = *state_;
     state.work.store(&work, std::memory_order_relaxed);
@@ -36,6 +45,7 @@ class Crew {
     while (state.Take()) {
     }
     for (int spins = 0; state.finished.load(std::memory_order_acquire) < tasks;) Wait(spins);
+    if (state.failed.load(std::memory_order_relaxed)) throw std::bad_alloc();
   }
 
   const int64_t threads;
@@ -58,6 +68,7 @@ class Crew {
     // of the step whose end was looked at, and `work` is then that step's too.
     std::atomic<uint64_t> ticket{0};
     std::atomic<int64_t> finished{0};
+    std::atomic<bool> failed{false};
     std::atomic<const std::function<void(int64_t)>*> work{nullptr};
 
     bool Take() {
@@ -67,7 +78,11 @@ class Crew {
         if (task >= tasks) return false;
         const auto* todo = work.load(std::memory_order_relaxed);
         if (ticket.compare_exchange_weak(current, current + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-          (*todo)(task);
+          try {
+            (*todo)(task);
+          } catch (const std::bad_alloc&) {
+            failed.store(true, std::memory_order_relaxed);
+          }
           finished.fetch_add(1, std::memory_order_release);
           return true;
         }

@@ -191,6 +191,9 @@ ffi::Error Call(ffi::ThreadPool pool, Floats x, Ints query_segments, Ints key_se
   const auto buffer = [&](size_t place) { return *parameters.get<ffi::AnyBuffer>(place); };
   const auto up = buffer(4).dimensions(), shape = x.dimensions();
   const Sizes sizes{up[0], shape[0], shape[1], shape[2], up[2], heads, eps};
+  if (std::max(sizes.batch * heads, sizes.batch * sizes.length) >= Crew::kMostTasks) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: the batch has too many tokens for one call");
+  }
   Segments segments{nullptr, nullptr};
   if (key_segments.element_count() != 0) segments = {query_segments.typed_data(), key_segments.typed_data()};
   const auto run = [&](auto way, auto source) {

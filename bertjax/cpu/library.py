@@ -15,7 +15,7 @@ TARGET = "bertjax_encoder"
 LIBRARY = Path(__file__).with_name("libencoder.so")
 
 # By compute dtype, the instructions, as Linux spells them in /proc/cpuinfo.
-_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2")
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", "abm", "popcnt")
 _INSTRUCTIONS = {"float32": _AVX512, "bfloat16": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16")}
 
 
@@ -64,6 +64,8 @@ def _load() -> ctypes.CDLL | str:
     except Exception as error:
         # jaxlib says in many types of error that a library was compiled for another version of it; XLA's own way of
         # computing the same remains.
-        logger.warning("%s can't be used, XLA alone is; reinstall bertjax to compile it again: %s", LIBRARY, error)
+        logger.warning(
+            "%s can't be used, XLA alone is; reinstall bertjax with --no-build-isolation: %s", LIBRARY, error
+        )
         return f"{LIBRARY} can't be loaded: {error}"
     return library

@@ -211,6 +211,19 @@ struct BF16 {
   static __m512i Count() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 };
 
+// The way's state on this thread, as long as this lives.
+template <class Way>
+struct Tiles {
+  Tiles() { Way::Begin(); }
+  ~Tiles() { Way::End(); }
+};
+
+// A thread's packed panels; one for all kinds of products.
+inline Scratch& PanelScratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 // How a product is divided into tasks: blocks of columns, and of each a number of parts of the rows.
 struct Division {
   int64_t block, blocks, parts;
@@ -226,7 +239,7 @@ struct Division {
     blocks = (columns + block - 1) / block;
     // Each part packs the block anew, so that a part of few rows would mostly pack.
     const int64_t wanted = (3 * threads + products * blocks - 1) / (products * blocks);
-    return {block, blocks, std::clamp<int64_t>(wanted, 1, (rows + 127) / 128)};
+    return {block, blocks, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, (rows + 127) / 128))};
   }
 };
 
@@ -239,13 +252,12 @@ void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a
   using T = typename Way::Type;
   const Division d = Division::Of(products, rows, depth, columns, sizeof(T), crew.threads);
   crew.Run(products * d.blocks * d.parts, [&](int64_t task) {
-    static thread_local Scratch scratch;
     const int64_t product = task / (d.blocks * d.parts), part = task % d.parts;
     const int64_t first = task / d.parts % d.blocks * d.block, last = std::min(columns, first + d.block);
-    T* panels = scratch.Get<T>((last - first) * depth * sizeof(T));
+    T* panels = PanelScratch().template Get<T>((last - first) * depth * sizeof(T));
     Way::Pack(kernels[product] + first, columns, depth, last - first, panels);
     alignas(64) float out[kPanel * kPanel];
-    Way::Begin();
+    const Tiles<Way> tiles;
     const int64_t chunks = Way::Chunks(rows);
     for (int64_t chunk = chunks * part / d.parts; chunk < chunks * (part + 1) / d.parts; ++chunk) {
       const int64_t begin = Way::FirstRow(chunk, rows), end = Way::FirstRow(chunk + 1, rows);
@@ -258,7 +270,6 @@ void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a
         }
       }
     }
-    Way::End();
   });
 }
 

@@ -32,7 +32,7 @@ inline __m512 Polynomial(__m512 x, const float (&coefficients)[N]) {  // the hig
 inline __m512 Exp2(__m512 x) {
   static constexpr float kPower[] = {
       1.53375775e-4f, 1.33998599e-3f, 9.61851981e-3f, 5.55032901e-2f, 2.40226462e-1f, 6.93147182e-1f, 1.0f};
-  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);  // in this order, what is no number stays none
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm512_scalef_ps(Polynomial(_mm512_sub_ps(x, whole), kPower), whole);
 }
@@ -48,7 +48,8 @@ inline __m512 Gelu(__m512 x) {
   __m512 z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678f));
   z = _mm512_min_ps(_mm512_max_ps(z, _mm512_sub_ps(_mm512_setzero_ps(), end)), end);
   const __m512 square = _mm512_mul_ps(z, z);
-  const __m512 erf = _mm512_div_ps(_mm512_mul_ps(z, Polynomial(square, kAbove)), Polynomial(square, kBelow));
+  __m512 erf = _mm512_div_ps(_mm512_mul_ps(z, Polynomial(square, kAbove)), Polynomial(square, kBelow));
+  erf = _mm512_max_ps(erf, _mm512_set1_ps(-1.0f));  // beyond it by rounding, it would leave some of a large x
   return _mm512_fmadd_ps(half, erf, half);
 }
 
