@@ -104,7 +104,7 @@ def run(
     found = {
         "title": title,
         "task": task,
-        "model": _name(model),
+        "model": timing.model_name(model),
         "device": device,
         "dtypes": list(dtypes),
         "threads": plan.threads,
@@ -149,10 +149,6 @@ def _pair(option: str) -> tuple[str, str]:
     if peer not in PEERS or not equals:
         raise click.BadParameter(f"{option!r} is not PEER=INTERPRETER, the peer being one of {', '.join(PEERS)}")
     return peer, python
-
-
-def _name(model: Path) -> str:
-    return model.parent.name if model.name == "model" else model.name
 
 
 def _references(plan: Plan, peer: str, cases: list[Case], gelus: set[str | None]) -> dict:

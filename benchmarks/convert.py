@@ -112,12 +112,9 @@ def report(found: dict) -> str:
     rows = [["from", "to", "copying", "converting", "speed of copying", "peak memory / file"]]
     for each in found["results"]:
         copied, converted = ([turn["seconds"] for turn in each[kind]] for kind in ("copy", "convert"))
-        speed = timing.spread([a / b for a, b in zip(copied, converted, strict=True)])
+        speed = timing.ratios(copied, converted)
         memory = max(turn["memory"] for turn in each["convert"]) / each["bytes"]
-        shown = [
-            f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f}) s"
-            for values in map(timing.spread, (copied, converted))
-        ]
+        shown = [f"{timing.shown(values)} s" for values in (copied, converted)]
         rows.append([each["source"], each["target"], *shown, f"{speed['median']:.2f}", f"{memory:.2f}"])
     certified = "with a certificate" if found["certificate"] else "without a certificate"
     size = found["results"][0]["bytes"] / 1e9

@@ -136,9 +136,8 @@ def _time(seconds: float) -> str:
 
 
 def _times(seconds: Sequence[float]) -> str:
-    found = timing.spread(seconds)
-    scale, unit = (1, "s") if found["median"] >= 1 else (1e3, "ms")
-    return f"{found['median'] * scale:.2f} ({found['min'] * scale:.2f} to {found['max'] * scale:.2f}) {unit}"
+    scale, unit = (1, "s") if statistics.median(seconds) >= 1 else (1e3, "ms")
+    return f"{timing.shown(seconds, scale)} {unit}"
 
 
 #: What a plot shows, by the name that a result gives it: the amount of work a second, its unit, and a factor.

@@ -96,13 +96,11 @@ def rows_of(what: str, turns: dict[str, list[dict]]) -> list[list[str]]:
     """Rows of the table for one measurement: seconds and memory of both libraries and their ratio."""
     ours, theirs = LIBRARIES[what]
 
-    def row(name: str, key: str, shown: str, scale: float = 1.0) -> list[str]:
-        values = {library: [turn[key] * scale for turn in turns[library]] for library in (ours, theirs)}
-        cells = []
-        for library in (ours, theirs):
-            found = timing.spread(values[library])
-            spread = f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
-            cells.append(f"{spread} {shown} ({library})" if library == "torch" else f"{spread} {shown}")
+    def row(name: str, key: str, unit: str, scale: float = 1.0) -> list[str]:
+        values = {library: [turn[key] for turn in turns[library]] for library in (ours, theirs)}
+        cells = [f"{timing.shown(values[library], scale)} {unit}" for library in (ours, theirs)]
+        if theirs == "torch":  # the column's head names the other one
+            cells[1] += f" ({theirs})"
         return [name, *cells, f"{timing.ratios(values[ours], values[theirs])['median']:.2f}"]
 
     if what == "first vector":
@@ -150,7 +148,7 @@ def main(model: str, rounds: int, name: str | None) -> None:
     found |= {
         "machine": timing.machine(),
         "command": f"python -m benchmarks.start MODEL --rounds {rounds}",
-        "model": Path(model).name if Path(model).name != "model" else Path(model).parent.name,
+        "model": timing.model_name(Path(model)),
         "rounds": rounds,
     }
     click.echo(report(found))

@@ -121,6 +121,17 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> dict[s
     return spread([a / b for a, b in zip(numerators, denominators, strict=True)])
 
 
+def shown(values: Sequence[float], scale: float = 1.0) -> str:
+    """The spread of some measurements, for a table: the median, and the least and the largest in brackets."""
+    found = spread([value * scale for value in values])
+    return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+
+
+def model_name(folder: Path) -> str:
+    """What a model's folder is called; packages have theirs in a folder `model`."""
+    return folder.parent.name if folder.name == "model" else folder.name
+
+
 def machine() -> dict[str, Any]:
     """The hardware, as far as the operating system tells, and the versions of what is compared."""
     flags = Path("/proc/cpuinfo").read_text()
