@@ -51,6 +51,12 @@ def draw(shape, *, lengths=None, packed=False, holes=False, nothing=False):
     return inputs
 
 
+# Nothing, one token, two texts with padding between them, and a full row.
+EMPTY_ROWS = np.zeros((4, 40), int)
+EMPTY_ROWS[1, 39] = 1
+EMPTY_ROWS[2, :9], EMPTY_ROWS[2, 20:33] = 1, 2
+EMPTY_ROWS[3] = 1
+
 CASES = {
     "one token": (SMALL, draw((1, 1))),
     "33 tokens": (WIDE, draw((1, 33))),
@@ -58,6 +64,7 @@ CASES = {
     "packed": (WIDE, draw((2, 128), packed=True)),
     "holes": (SMALL, draw((3, 41), holes=True)),
     "a query without a key": (SMALL, draw((2, 128), packed=True, nothing=True)),
+    "rows of padding": (SMALL, {"input_ids": draw((4, 40))["input_ids"], "segment_ids": EMPTY_ROWS}),
     "511 tokens": (SMALL, draw((2, 511), lengths=[511, 300])),
 }
 
@@ -86,7 +93,9 @@ def models():
 
 
 def states(model, inputs):
-    return np.asarray(model(**inputs).last_hidden_state)
+    """The states of what is no padding in packed rows, zero for the rest: there they mean nothing."""
+    found = np.asarray(model(**inputs).last_hidden_state)
+    return found if "segment_ids" not in inputs else np.where(inputs["segment_ids"][..., None] > 0, found, 0)
 
 
 def program(model, inputs, **options):
@@ -97,7 +106,8 @@ def program(model, inputs, **options):
 
 def angles(a, b):
     """1 - cosine between the states of each token."""
-    return 1 - (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.where(lengths > 0, 1 - (a * b).sum(-1) / np.maximum(lengths, 1e-9), 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

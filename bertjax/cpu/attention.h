@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <vector>
 
 #include "crew.h"
 #include "matmul.h"
@@ -114,7 +115,8 @@ void Attend(const Head<Way>& head, const Segments& segments, int64_t begin, int6
   alignas(64) float product[kPanel * kPanel];
   float total[kPanel];
   for (int64_t j = 0; j < span; j += kPanel) {
-    Way::Multiply(rows, query + begin * stride, stride, head.keys + (first + j) * head.width, head.width, product);
+    Way::Multiply(rows, query + begin * stride, stride, head.keys + (first + j) * head.width, head.width, product,
+                  Ahead::Nothing(query));
     for (int64_t i = 0; i < rows; ++i) {
       Store(scores + i * span + j, _mm512_load_ps(product + i * kPanel));
       Store(scores + i * span + j + 16, _mm512_load_ps(product + i * kPanel + 16));
@@ -125,7 +127,8 @@ void Attend(const Head<Way>& head, const Segments& segments, int64_t begin, int6
     total[i] = Softmax(scores + i * span, span, scale, segments, begin + i, first, head.length, weights + i * span);
   }
   for (int64_t j = 0; j < head.width; j += kPanel) {
-    Way::Multiply(rows, weights, span, head.values + j * head.padded + first * kPanel, span, product);
+    Way::Multiply(rows, weights, span, head.values + j * head.padded + first * kPanel, span, product,
+                  Ahead::Nothing(query));
     for (int64_t i = 0; i < rows; ++i) {
       const __m512 share = _mm512_set1_ps(1.0f / total[i]);
       T* to = out + (begin + i) * stride + j;
@@ -135,17 +138,19 @@ void Attend(const Head<Way>& head, const Segments& segments, int64_t begin, int6
   }
 }
 
-// Attention of all heads: query, key, value and out are [batch * length, stride], a head's features side by side.
+// Attention of all heads: query, key, value and out are [tokens, stride], a head's features side by side. The rows of
+// the batch begin at `starts`, whose last is the end.
 template <class Way>
-void Attention(Crew& crew, int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t stride,
+void Attention(Crew& crew, const std::vector<int64_t>& starts, int64_t heads, int64_t width, int64_t stride,
                const typename Way::Type* query, const typename Way::Type* key, const typename Way::Type* value,
                const Segments& segments, typename Way::Type* out) {
-  crew.Run(batch * heads, [&](int64_t task) {
-    const int64_t row = task / heads, at = row * length * stride + task % heads * width;
+  crew.Run((starts.size() - 1) * heads, [&](int64_t task) {
+    const int64_t first = starts[task / heads], length = starts[task / heads + 1] - first;
+    const int64_t at = first * stride + task % heads * width;
     Segments own = segments;
     if (own.key != nullptr) {
-      own.query += row * length;
-      own.key += row * length;
+      own.query += first;
+      own.key += first;
     }
     const Head<Way> head(key + at, value + at, stride, length, width);
     const Tiles<Way> tiles;

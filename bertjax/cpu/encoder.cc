@@ -13,6 +13,8 @@
 #include <cstring>
 #include <new>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "attention.h"
 #include "crew.h"
@@ -31,12 +33,13 @@ struct Sizes {
   float eps;
 };
 
-// Stacked over layers: kernels [in, out] and vectors.
+// Stacked over layers: kernels [in, out] and vectors. Kernels in int8 have a scale for every column.
 template <class Source>
 struct Parameters {
   const Source *query, *key, *value, *output, *up, *down;
   const float *query_bias, *key_bias, *value_bias, *output_bias, *up_bias, *down_bias;
   const float *attention_scale, *attention_shift, *output_scale, *output_shift;
+  const float *query_unit, *key_unit, *value_unit, *output_unit, *up_unit, *down_unit;
 };
 
 // The rows of float32 numbers that one task of a cheap step takes.
@@ -66,53 +69,97 @@ inline void LayerNorm(float* x, int64_t size, float eps, const float* scale, con
   }
 }
 
+// The tokens of a batch that are computed, row after row: all but padding, whose states nobody reads.
+struct Tokens {
+  std::vector<int64_t> places;  // where each one stands in the batch
+  std::vector<int64_t> starts;  // of the rows' first ones, and the end
+  std::vector<int32_t> numbers;
+  Segments segments;
+
+  // Padding is what has the number 0 among queries and keys alike; where these differ, all is computed.
+  Tokens(int64_t batch, int64_t length, const Segments& given) : segments(given) {
+    const size_t all = batch * length;
+    const bool skip = given.key != nullptr && std::equal(given.key, given.key + all, given.query);
+    for (int64_t row = 0; row < batch; ++row) {
+      starts.push_back(places.size());
+      for (int64_t at = row * length; at < (row + 1) * length; ++at) {
+        if (!skip || given.query[at] != 0) places.push_back(at);
+      }
+    }
+    starts.push_back(places.size());
+    if (places.size() == all) return;
+    for (const int64_t at : places) numbers.push_back(given.query[at]);
+    segments = {numbers.data(), numbers.data()};
+  }
+  Tokens(const Tokens&) = delete;
+  Tokens& operator=(const Tokens&) = delete;
+
+  int64_t count() const { return places.size(); }
+};
+
 // The activations of a call, and the steps of a layer on them.
 template <class Way, class Source>
 class Encoder {
  public:
-  using T = typename Way::Type;
+  using T = typename Way::Type;           // what matrix products read
+  using U = typename Way::Between::Type;  // what they write, and what attention reads
 
-  Encoder(Crew& crew, const Sizes& sizes, const Segments& segments, Scratch& scratch)
-      : crew_(crew), z_(sizes), segments_(segments), rows_(sizes.batch * sizes.length) {
+  Encoder(Crew& crew, const Sizes& sizes, const Tokens& tokens, Scratch& scratch)
+      : crew_(crew), z_(sizes), tokens_(tokens), rows_(tokens.count()) {
     const int64_t room = RoundUp(rows_, kPanel);
-    x_ = scratch.Get<float>(room * (stride() * (sizeof(float) + 5 * sizeof(T)) + wide_stride() * sizeof(T)));
-    rounded_ = reinterpret_cast<T*>(x_ + room * stride());
-    query_ = rounded_ + room * stride();
-    key_ = query_ + room * stride();
-    value_ = key_ + room * stride();
-    context_ = value_ + room * stride();
-    wide_ = context_ + room * stride();
-    if constexpr (kSame) rounded_ = x_;
+    const int64_t narrow = room * stride<float>() * sizeof(float), between = room * stride<U>() * sizeof(U);
+    const int64_t wide = room * wide_stride<U>() * sizeof(U);
+    const int64_t rounded = kSame ? 0 : room * (stride<T>() + wide_stride<T>()) * sizeof(T) + room * sizeof(float);
+    char* next = scratch.Get<char>(narrow + 4 * between + wide + rounded);
+    const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes); };
+    x_ = reinterpret_cast<float*>(take(narrow));
+    for (U** place : {&query_, &key_, &value_, &context_}) *place = reinterpret_cast<U*>(take(between));
+    wide_ = reinterpret_cast<U*>(take(wide));
+    if constexpr (kSame) return;
+    rounded_ = reinterpret_cast<T*>(take(room * stride<T>() * sizeof(T)));
+    rounded_wide_ = reinterpret_cast<T*>(take(room * wide_stride<T>() * sizeof(T)));
+    units_ = reinterpret_cast<float*>(take(room * sizeof(float)));
   }
 
+  // [batch, length, hidden] to the same; zero at padding.
   void Run(const float* in, const Parameters<Source>& p, float* out) {
     ForRows(crew_, rows_, [&](int64_t row) {
-      std::memcpy(x_ + row * stride(), in + row * z_.hidden, z_.hidden * sizeof(float));
-      Round(row);
+      std::memcpy(x_ + row * stride<float>(), in + tokens_.places[row] * z_.hidden, z_.hidden * sizeof(float));
+      RoundState(row);
     });
     for (int64_t layer = 0; layer < z_.layers; ++layer) Layer(p, layer);
-    ForRows(crew_, rows_,
-            [&](int64_t row) { std::memcpy(out + row * z_.hidden, x_ + row * stride(), z_.hidden * sizeof(float)); });
+    if (rows_ < z_.batch * z_.length) std::memset(out, 0, z_.batch * z_.length * z_.hidden * sizeof(float));
+    ForRows(crew_, rows_, [&](int64_t row) {
+      std::memcpy(out + tokens_.places[row] * z_.hidden, x_ + row * stride<float>(), z_.hidden * sizeof(float));
+    });
   }
 
  private:
-  static constexpr bool kSame = std::is_same_v<T, float>;
+  static constexpr bool kSame = std::is_same_v<T, float>, kUnits = std::is_same_v<T, int8_t>;
 
   // Rows are followed by a gap: were they a multiple of 4096 bytes apart, a chunk's would compete for one set of the
   // first-level cache.
-  int64_t stride() const { return z_.hidden + 32; }
-  int64_t wide_stride() const { return z_.intermediate + 32; }
+  template <class Number>
+  int64_t stride() const {
+    return z_.hidden + std::max<int64_t>(32, 64 / sizeof(Number));
+  }
+  template <class Number>
+  int64_t wide_stride() const {
+    return stride<Number>() - z_.hidden + z_.intermediate;
+  }
 
   void Layer(const Parameters<Source>& p, int64_t layer) {
     const int64_t square = layer * z_.hidden * z_.hidden, oblong = layer * z_.hidden * z_.intermediate;
     const int64_t vector = layer * z_.hidden, wide = layer * z_.intermediate;
     Project(p, square, vector);
-    Attention<Way>(crew_, z_.batch, z_.length, z_.heads, z_.hidden / z_.heads, stride(), query_, key_, value_,
-                   segments_, context_);
-    Add(context_, stride(), z_.hidden, p.output + square, p.output_bias + vector);
+    Attention<typename Way::Between>(crew_, tokens_.starts, z_.heads, z_.hidden / z_.heads, stride<U>(), query_, key_,
+                                     value_, tokens_.segments, context_);
+    Add(Rounded(context_, stride<U>(), z_.hidden, rounded_, stride<T>()), stride<T>(), z_.hidden, p.output + square,
+        p.output_bias + vector, p.output_unit + vector);
     Norm(p.attention_scale + vector, p.attention_shift + vector);
-    Widen(p.up + oblong, p.up_bias + wide);
-    Add(wide_, wide_stride(), z_.intermediate, p.down + oblong, p.down_bias + vector);
+    Widen(p.up + oblong, p.up_bias + wide, p.up_unit + wide);
+    Add(Rounded(wide_, wide_stride<U>(), z_.intermediate, rounded_wide_, wide_stride<T>()), wide_stride<T>(),
+        z_.intermediate, p.down + oblong, p.down_bias + vector, p.down_unit + vector);
     Norm(p.output_scale + vector, p.output_shift + vector);
   }
 
@@ -120,51 +167,85 @@ class Encoder {
   void Project(const Parameters<Source>& p, int64_t square, int64_t vector) {
     const Source* kernels[] = {p.query + square, p.key + square, p.value + square};
     const float* biases[] = {p.query_bias + vector, p.key_bias + vector, p.value_bias + vector};
-    T* results[] = {query_, key_, value_};
-    MatMul<Way, Source>(crew_, rows_, z_.hidden, rounded_, stride(), kernels, 3, z_.hidden,
+    const float* units[] = {p.query_unit + vector, p.key_unit + vector, p.value_unit + vector};
+    U* results[] = {query_, key_, value_};
+    MatMul<Way, Source>(crew_, rows_, z_.hidden, State(), stride<T>(), kernels, 3, z_.hidden,
                         [&](int64_t which, int64_t row, int64_t j, __m512 sum) {
-                          Store(results[which] + row * stride() + j, _mm512_add_ps(sum, Load(biases[which] + j)));
+                          Store(results[which] + row * stride<U>() + j,
+                                Biased(sum, row, biases[which] + j, units[which] + j));
                         });
   }
 
   // The first half of the feed-forward block.
-  void Widen(const Source* kernel, const float* bias) {
-    MatMul<Way, Source>(crew_, rows_, z_.hidden, rounded_, stride(), &kernel, 1, z_.intermediate,
+  void Widen(const Source* kernel, const float* bias, const float* unit) {
+    MatMul<Way, Source>(crew_, rows_, z_.hidden, State(), stride<T>(), &kernel, 1, z_.intermediate,
                         [&](int64_t, int64_t row, int64_t j, __m512 sum) {
-                          Store(wide_ + row * wide_stride() + j, Gelu(_mm512_add_ps(sum, Load(bias + j))));
+                          Store(wide_ + row * wide_stride<U>() + j, Gelu(Biased(sum, row, bias + j, unit + j)));
                         });
   }
 
   // Adds the output of a block to the residual stream.
-  void Add(const T* from, int64_t from_stride, int64_t depth, const Source* kernel, const float* bias) {
+  void Add(const T* from, int64_t from_stride, int64_t depth, const Source* kernel, const float* bias,
+           const float* unit) {
     MatMul<Way, Source>(crew_, rows_, depth, from, from_stride, &kernel, 1, z_.hidden,
                         [&](int64_t, int64_t row, int64_t j, __m512 sum) {
-                          float* to = x_ + row * stride() + j;
-                          Store(to, _mm512_add_ps(_mm512_add_ps(sum, Load(bias + j)), Load(to)));
+                          float* to = x_ + row * stride<float>() + j;
+                          Store(to, _mm512_add_ps(Biased(sum, row, bias + j, unit + j), Load(to)));
                         });
   }
 
   void Norm(const float* scale, const float* shift) {
     ForRows(crew_, rows_, [&](int64_t row) {
-      LayerNorm(x_ + row * stride(), z_.hidden, z_.eps, scale, shift);
-      Round(row);
+      LayerNorm(x_ + row * stride<float>(), z_.hidden, z_.eps, scale, shift);
+      RoundState(row);
     });
   }
 
+  // A sum in its units, plus the bias.
+  __m512 Biased(__m512 sum, int64_t row, const float* bias, const float* unit) const {
+    if constexpr (kUnits)
+      return _mm512_fmadd_ps(_mm512_mul_ps(sum, _mm512_set1_ps(units_[row])), Load(unit), Load(bias));
+    return _mm512_add_ps(sum, Load(bias));
+  }
+
   // What matrix products take of the residual stream.
-  void Round(int64_t row) {
-    if constexpr (!kSame) {
-      const int64_t at = row * stride();
-      for (int64_t j = 0; j < z_.hidden; j += 16) Store(rounded_ + at + j, Load(x_ + at + j));
+  const T* State() const {
+    if constexpr (kSame) {
+      return x_;
+    } else {
+      return rounded_;
+    }
+  }
+  void RoundState(int64_t row) {
+    if constexpr (!kSame) RoundRow(x_ + row * stride<float>(), z_.hidden, rounded_ + row * stride<T>(), row);
+  }
+
+  // What they take of what other products wrote.
+  const T* Rounded(const U* from, int64_t from_stride, int64_t width, T* to, int64_t to_stride) {
+    if constexpr (std::is_same_v<T, U>) {
+      return from;
+    } else {
+      ForRows(crew_, rows_, [&](int64_t row) { RoundRow(from + row * from_stride, width, to + row * to_stride, row); });
+      return to;
+    }
+  }
+  template <class From>
+  void RoundRow(const From* from, int64_t width, T* to, int64_t row) {
+    if constexpr (kUnits) {
+      units_[row] = Quantize(from, width, to);
+    } else {
+      for (int64_t j = 0; j < width; j += 16) Store(to + j, Load(from + j));
     }
   }
 
   Crew& crew_;
   const Sizes& z_;
-  const Segments& segments_;
+  const Tokens& tokens_;
   const int64_t rows_;
   float* x_;  // the residual stream
-  T *rounded_, *query_, *key_, *value_, *context_, *wide_;
+  U *query_, *key_, *value_, *context_, *wide_;
+  T *rounded_ = nullptr, *rounded_wide_ = nullptr;
+  float* units_ = nullptr;  // of the rows that were rounded last
 };
 
 using Floats = ffi::Buffer<ffi::F32>;
@@ -176,7 +257,8 @@ ffi::Error Run(ffi::ThreadPool& pool, const Sizes& sizes, const Segments& segmen
   static thread_local Scratch scratch;
   try {
     Crew crew(pool);
-    Encoder<Way, Source>(crew, sizes, segments, scratch).Run(in, parameters, out);
+    const Tokens tokens(sizes.batch, sizes.length, segments);
+    Encoder<Way, Source>(crew, sizes, tokens, scratch).Run(in, parameters, out);
     scratch.Trim();
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "bertjax: no memory for the encoder's activations");
@@ -184,10 +266,14 @@ ffi::Error Run(ffi::ThreadPool& pool, const Sizes& sizes, const Segments& segmen
   return ffi::Error::Success();
 }
 
-// `parameters` are in the order of `Parameters`: six kernels, float32 or bfloat16, and ten vectors, float32.
+// `parameters` are in the order of `Parameters`: six kernels, float32, bfloat16 or int8, and ten vectors, float32; to
+// kernels in int8 belong six more.
 ffi::Error Call(ffi::ThreadPool pool, Floats x, Ints query_segments, Ints key_segments, ffi::RemainingArgs parameters,
                 ffi::Result<Floats> y, int64_t heads, float eps, int64_t compute) {
-  if (parameters.size() != 16) return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: expected 16 parameters");
+  const size_t expected = compute == 2 ? 22 : 16;
+  if (parameters.size() != expected) {
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: a wrong number of parameters");
+  }
   const auto buffer = [&](size_t place) { return *parameters.get<ffi::AnyBuffer>(place); };
   const auto up = buffer(4).dimensions(), shape = x.dimensions();
   const Sizes sizes{up[0], shape[0], shape[1], shape[2], up[2], heads, eps};
@@ -199,17 +285,21 @@ ffi::Error Call(ffi::ThreadPool pool, Floats x, Ints query_segments, Ints key_se
   const auto run = [&](auto way, auto source) {
     using Source = decltype(source);
     const auto kernel = [&](size_t place) { return static_cast<const Source*>(buffer(place).untyped_data()); };
-    const auto vector = [&](size_t place) { return static_cast<const float*>(buffer(place).untyped_data()); };
-    const Parameters<Source> p{kernel(0),  kernel(1),  kernel(2),  kernel(3), kernel(4),  kernel(5),
-                               vector(6),  vector(7),  vector(8),  vector(9), vector(10), vector(11),
-                               vector(12), vector(13), vector(14), vector(15)};
+    const auto vector = [&](size_t place) -> const float* {
+      return place < expected ? static_cast<const float*>(buffer(place).untyped_data()) : nullptr;
+    };
+    const Parameters<Source> p{kernel(0),  kernel(1),  kernel(2),  kernel(3),  kernel(4),  kernel(5),
+                               vector(6),  vector(7),  vector(8),  vector(9),  vector(10), vector(11),
+                               vector(12), vector(13), vector(14), vector(15), vector(16), vector(17),
+                               vector(18), vector(19), vector(20), vector(21)};
     return Run<decltype(way), Source>(pool, sizes, segments, x.typed_data(), p, y->typed_data());
   };
-  const bool rounded = buffer(0).element_type() == ffi::BF16;
-  if (compute == 0 && !rounded) return run(F32(), float());
-  if (compute == 1 && !rounded) return run(BF16(), float());
-  if (compute == 1) return run(BF16(), bf16());
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: bfloat16 kernels are multiplied in bfloat16 only");
+  const auto stored = buffer(0).element_type();
+  if (compute == 0 && stored == ffi::F32) return run(F32(), float());
+  if (compute == 1 && stored == ffi::F32) return run(BF16(), float());
+  if (compute == 1 && stored == ffi::BF16) return run(BF16(), bf16());
+  if (compute == 2 && stored == ffi::S8) return run(I8(), int8_t());
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: kernels of this dtype are not multiplied like that");
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Matrix products, in float32 with AVX-512 and in bfloat16 with AMX.
+// Matrix products, in float32 with AVX-512 and in bfloat16 and int8 with AMX.
 //
 // The right-hand side is repacked into panels of 32 columns, a block of which stays in the second-level cache; the
 // left-hand side is read as it is, a chunk of rows at a time. (Goto and van de Geijn, Anatomy of high-performance
-// matrix multiplication, 2008.) `F32` and `BF16` are the two ways to multiply; they have the same members.
+// matrix multiplication, 2008.) `F32`, `BF16` and `I8` are the ways to multiply; they have the same members.
 
 #pragma once
 
@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "crew.h"
 #include "memory.h"
@@ -26,11 +27,25 @@ constexpr int64_t kAhead = 16;
 
 inline void Prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
 
+// Memory that is wanted soon, fetched a few bytes at a time: asking for the same line again costs nothing.
+struct Ahead {
+  const char* from;
+  int64_t step;
+  // `bytes` from `from` on, a `share` of them in each of `shares` products with that depth.
+  static Ahead Part(const void* from, int64_t bytes, int64_t share, int64_t shares, int64_t depth) {
+    const int64_t step = bytes / (shares * depth);
+    return {static_cast<const char*>(from) + share * step * depth, step};
+  }
+  static Ahead Nothing(const void* known) { return {static_cast<const char*>(known), 0}; }
+};
+
 struct F32 {
   using Type = float;
+  using Between = F32;  // the way of attention
 
   // Chunks of rows: 28 of the 32 vector registers hold their products with a panel.
   static constexpr int64_t kRows = 14;
+  static constexpr int64_t kPacking = 20;  // see Division
   static int64_t Chunks(int64_t rows) { return (rows + kRows - 1) / kRows; }
   // All chunks are about as high, as a low one wastes the waits for its few sums.
   static int64_t FirstRow(int64_t chunk, int64_t rows) { return rows * chunk / Chunks(rows); }
@@ -66,12 +81,13 @@ struct F32 {
     Transpose(padded, 16, to, kPanel);
   }
 
-  // [rows, depth] x a panel -> float32 [rows, 32].
-  static void Multiply(int64_t rows, const float* a, int64_t stride, const float* panel, int64_t depth, float* out) {
+  // [rows, depth] x a panel -> float32 [rows, 32]. On the way, a step of `ahead` is fetched for each of the depth.
+  static void Multiply(int64_t rows, const float* a, int64_t stride, const float* panel, int64_t depth, float* out,
+                       Ahead ahead) {
     switch (rows) {
 #define BERTJAX_CASE(R) \
   case R:               \
-    return MultiplyRows<R>(a, stride, panel, depth, out)
+    return MultiplyRows<R>(a, stride, panel, depth, out, ahead)
       BERTJAX_CASE(1);
       BERTJAX_CASE(2);
       BERTJAX_CASE(3);
@@ -90,9 +106,11 @@ struct F32 {
     }
   }
 
+  static __m512 Sums(const float* out) { return _mm512_load_ps(out); }
+
   // Loops over rows are unrolled by pragma, or the sums would live in memory.
   template <int R>
-  static void MultiplyRows(const float* a, int64_t stride, const float* panel, int64_t depth, float* out) {
+  static void MultiplyRows(const float* a, int64_t stride, const float* panel, int64_t depth, float* out, Ahead ahead) {
     // One address for every three rows: fourteen do not fit into the registers, and the compiler must not make them.
     constexpr int kBases = (R + 2) / 3;
     const int64_t bytes = stride * sizeof(float);
@@ -104,6 +122,8 @@ struct F32 {
     for (int i = 0; i < R; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
     for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
       const __m512 left = _mm512_load_ps(panel), right = _mm512_load_ps(panel + 16);
+      Prefetch(ahead.from);
+      ahead.from += ahead.step;
 #pragma GCC unroll 14
       for (int i = 0; i < R; ++i) {
         const __m512 x = _mm512_set1_ps(*reinterpret_cast<const float*>(base[i / 3] + (i % 3) * bytes));
@@ -126,9 +146,11 @@ struct F32 {
 
 struct BF16 {
   using Type = bf16;
+  using Between = BF16;
 
   // Two tiles of rows by two of columns; the matrices have room for whole chunks.
   static constexpr int64_t kRows = 32;
+  static constexpr int64_t kPacking = 100;
   static int64_t Chunks(int64_t rows) { return (rows + kRows - 1) / kRows; }
   static int64_t FirstRow(int64_t chunk, int64_t rows) { return std::min(rows, chunk * kRows); }
 
@@ -169,7 +191,8 @@ struct BF16 {
   }
 
   // The depth is a multiple of 32, and `a` has 16 or 32 rows to read.
-  static void Multiply(int64_t rows, const bf16* a, int64_t stride, const bf16* panel, int64_t depth, float* out) {
+  static void Multiply(int64_t rows, const bf16* a, int64_t stride, const bf16* panel, int64_t depth, float* out,
+                       Ahead) {
     constexpr int kBytes = kPanel * sizeof(float);  // of a row of the panel's pairs and of the result
     const int64_t bytes = stride * sizeof(bf16);
     _tile_zero(0);
@@ -194,6 +217,8 @@ struct BF16 {
     _tile_stored(3, out + 16 * kPanel + 16, kBytes);
   }
 
+  static __m512 Sums(const float* out) { return _mm512_load_ps(out); }
+
  private:
   static __m512i Row(const bf16* from) { return _mm512_loadu_si512(from); }
   static __m512i Row(const float* from) {
@@ -209,6 +234,78 @@ struct BF16 {
     _mm512_store_si512(to + kPanel, _mm512_permutex2var_epi16(even, second, odd));
   }
   static __m512i Count() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
+};
+
+// int8 x int8 -> int32. What a number stands for is left to the caller.
+struct I8 {
+  using Type = int8_t;
+  using Between = BF16;
+
+  static constexpr int64_t kRows = BF16::kRows;
+  static constexpr int64_t kPacking = 150;
+  static int64_t Chunks(int64_t rows) { return BF16::Chunks(rows); }
+  static int64_t FirstRow(int64_t chunk, int64_t rows) { return BF16::FirstRow(chunk, rows); }
+
+  static void Begin() { BF16::Begin(); }
+  static void End() { BF16::End(); }
+
+  // Panels have four rows interleaved, [depth / 4, 32, 4].
+  static void Pack(const int8_t* from, int64_t stride, int64_t depth, int64_t columns, int8_t* to) {
+    for (int64_t k = 0; k < depth; k += 4, from += 4 * stride, to += 4 * kPanel) {
+      for (int64_t j = 0; j < columns; j += kPanel) {
+        for (int64_t row = kAhead; row < kAhead + 4; ++row) Prefetch(from + row * stride + j);
+        Interleave(from + j, stride, to + j * depth);
+      }
+    }
+  }
+
+  // The depth is a multiple of 64, and `a` has 16 or 32 rows to read; the results are int32.
+  static void Multiply(int64_t rows, const int8_t* a, int64_t stride, const int8_t* panel, int64_t depth, float* out,
+                       Ahead) {
+    constexpr int kBytes = kPanel * sizeof(int32_t);  // of a row of the panel's fours and of the result
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += 64) {
+      _tile_loadd(6, panel + k * kPanel, kBytes);
+      _tile_loadd(7, panel + k * kPanel + 64, kBytes);
+      _tile_loadd(4, a + k, stride);
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      if (rows <= 16) continue;
+      _tile_loadd(5, a + 16 * stride + k, stride);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, out, kBytes);
+    _tile_stored(1, out + 16, kBytes);
+    if (rows <= 16) return;
+    _tile_stored(2, out + 16 * kPanel, kBytes);
+    _tile_stored(3, out + 16 * kPanel + 16, kBytes);
+  }
+
+  static __m512 Sums(const float* out) { return _mm512_cvtepi32_ps(_mm512_load_si512(out)); }
+
+ private:
+  // Four rows of 32 bytes -> [32, 4]. Pairs and fours are made within halves of a vector, which are then put in order.
+  static void Interleave(const int8_t* from, int64_t stride, int8_t* to) {
+    __m256i row[4], pairs[4], fours[4];
+    for (int i = 0; i < 4; ++i) row[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * stride));
+    for (int i = 0; i < 4; i += 2) {
+      pairs[i] = _mm256_unpacklo_epi8(row[i], row[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_epi8(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      fours[2 * i] = _mm256_unpacklo_epi16(pairs[i], pairs[i + 2]);
+      fours[2 * i + 1] = _mm256_unpackhi_epi16(pairs[i], pairs[i + 2]);
+    }
+    __m256i* out = reinterpret_cast<__m256i*>(to);
+    for (int i = 0; i < 2; ++i) {
+      _mm256_store_si256(out + i, _mm256_permute2x128_si256(fours[2 * i], fours[2 * i + 1], 0x20));
+      _mm256_store_si256(out + i + 2, _mm256_permute2x128_si256(fours[2 * i], fours[2 * i + 1], 0x31));
+    }
+  }
 };
 
 // The way's state on this thread, as long as this lives.
@@ -228,18 +325,32 @@ inline Scratch& PanelScratch() {
 struct Division {
   int64_t block, blocks, parts;
 
-  // For `products` of [rows, depth] x [depth, columns] by that many threads.
-  static Division Of(int64_t products, int64_t rows, int64_t depth, int64_t columns, size_t bytes, int64_t threads) {
-    // A block takes a good third of a second-level cache of 2 MB, and everybody should have three tasks.
-    const int64_t fitting = (int64_t(768) << 10) / (depth * static_cast<int64_t>(bytes)) / kPanel * kPanel;
-    int64_t block = std::clamp<int64_t>(fitting, kPanel, std::min<int64_t>(columns, 256));
-    while (block > kPanel && products * ((columns + block - 1) / block) < 3 * threads) block -= kPanel;
-    int64_t blocks = (columns + block - 1) / block;
-    block = RoundUp((columns + blocks - 1) / blocks, kPanel);
-    blocks = (columns + block - 1) / block;
-    // Each part packs the block anew, so that a part of few rows would mostly pack.
-    const int64_t wanted = (3 * threads + products * blocks - 1) / (products * blocks);
-    return {block, blocks, std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, (rows + 127) / 128))};
+  // For `products` of [rows, depth] x [depth, columns] by that many threads. `packing` is what it costs to pack a
+  // number, beside multiplying it with a row.
+  static Division Of(int64_t products, int64_t rows, int64_t depth, int64_t columns, int64_t bytes, int64_t packing,
+                     int64_t threads) {
+    // A block stays in a second-level cache of 2 MB, beside some rows.
+    const int64_t fitting = (int64_t(768) << 10) / (depth * bytes) / kPanel * kPanel;
+    const int64_t widest = std::clamp<int64_t>(fitting, kPanel, std::min<int64_t>(columns, 256));
+    Division best{};
+    double least = std::numeric_limits<double>::infinity();
+    for (int64_t block = kPanel; block <= widest; block += kPanel) {
+      const int64_t blocks = (columns + block - 1) / block;
+      if (block != RoundUp((columns + blocks - 1) / blocks, kPanel)) continue;  // the same number, less evenly
+      // Each part packs the block anew.
+      for (int64_t parts = 1; parts <= std::min<int64_t>((rows + 127) / 128, 3 * threads); ++parts) {
+        const double cost = Cost(block, blocks * parts * products, rows / parts, packing, threads);
+        if (cost < least) best = {block, blocks, parts}, least = cost;
+      }
+    }
+    return best;
+  }
+
+ private:
+  // Memory is slow to give the short ends of rows that narrow blocks are made of, and some thread is always late.
+  static double Cost(int64_t block, int64_t tasks, int64_t rows, int64_t packing, int64_t threads) {
+    const int64_t rounds = (tasks + threads - 1) / threads;
+    return (rounds + 0.3) * (packing * (block + 64) + rows * block);
   }
 };
 
@@ -250,7 +361,7 @@ template <class Way, class Source, class Finish>
 void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a, int64_t stride,
             const Source* const* kernels, int64_t products, int64_t columns, const Finish& finish) {
   using T = typename Way::Type;
-  const Division d = Division::Of(products, rows, depth, columns, sizeof(T), crew.threads);
+  const Division d = Division::Of(products, rows, depth, columns, sizeof(T), Way::kPacking, crew.threads);
   crew.Run(products * d.blocks * d.parts, [&](int64_t task) {
     const int64_t product = task / (d.blocks * d.parts), part = task % d.parts;
     const int64_t first = task / d.parts % d.blocks * d.block, last = std::min(columns, first + d.block);
@@ -262,11 +373,14 @@ void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a
     for (int64_t chunk = chunks * part / d.parts; chunk < chunks * (part + 1) / d.parts; ++chunk) {
       const int64_t begin = Way::FirstRow(chunk, rows), end = Way::FirstRow(chunk + 1, rows);
       for (int64_t j = first; j < last; j += kPanel) {
-        Way::Multiply(end - begin, a + begin * stride, stride, panels + (j - first) * depth, depth, out);
+        // The next chunk, a part with each panel: it comes from afar, and nothing else would fetch it in time.
+        const Ahead next = Ahead::Part(a + end * stride, (end - begin) * stride * sizeof(T), (j - first) / kPanel,
+                                       (last - first) / kPanel, depth);
+        Way::Multiply(end - begin, a + begin * stride, stride, panels + (j - first) * depth, depth, out, next);
         for (int64_t row = begin; row < end; ++row) {
           const float* sums = out + (row - begin) * kPanel;
-          finish(product, row, j, _mm512_load_ps(sums));
-          finish(product, row, j + 16, _mm512_load_ps(sums + 16));
+          finish(product, row, j, Way::Sums(sums));
+          finish(product, row, j + 16, Way::Sums(sums + 16));
         }
       }
     }

@@ -1,4 +1,4 @@
-// Sixteen float32 at a time: loads, stores, exp2, GELU, and a transposition. Needs AVX-512.
+// Sixteen float32 at a time: loads, stores, rounding to int8, exp2, GELU, and a transposition. Needs AVX-512.
 
 #pragma once
 
@@ -14,6 +14,30 @@ inline __m512 Load(const float* from) { return _mm512_loadu_ps(from); }
 inline void Store(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 inline void Store(bf16* to, __m512 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+inline __m512 Load(const bf16* from) {
+  const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+}
+
+// Rounds a row to multiples of a 127th of its largest size, and returns that unit: it is no number if one of them is
+// none. The width is a multiple of sixteen.
+template <class From>
+float Quantize(const From* from, int64_t width, int8_t* to) {
+  __m512 most = _mm512_setzero_ps(), zero = _mm512_setzero_ps();
+  for (int64_t j = 0; j < width; j += 16) {
+    const __m512 x = Load(from + j);
+    most = _mm512_max_ps(most, _mm512_abs_ps(x));
+    zero = _mm512_fmadd_ps(x, _mm512_setzero_ps(), zero);
+  }
+  const float largest = _mm512_reduce_max_ps(most);
+  const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+  for (int64_t j = 0; j < width; j += 16) {
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(Load(from + j), inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm512_cvtsepi32_epi8(whole));
+  }
+  return largest / 127.0f + _mm512_reduce_add_ps(zero);
 }
 
 // The first `count` of sixteen lanes; none if it is negative.
