@@ -11,9 +11,11 @@ import numpy as np
 
 from bertjax.engine import Engine, Window, progress_bar
 from bertjax.errors import InputError
+from bertjax.flat import jit_model
+from bertjax.inputs import known_inputs
 from bertjax.packing import PackedBatch, Shapes, max_segments
 from bertjax.prompts import choose_prompt, encode_prompted
-from bertjax.sentence import SentenceModel
+from bertjax.sentence import SentenceModel, vectors
 from bertjax.sentence_files import SentenceSpec
 from bertjax.tokenizer import Tokenizer
 
@@ -146,7 +148,7 @@ class SentenceEncoder:
             raise InputError(f"texts is a {type(texts).__name__}, expected a list or another iterable of str")
         prompt = choose_prompt(self.spec.prompts, self.spec.default_prompt_name, prompt_name, prompt)
         dim = self.output_dimension(truncate_dim)
-        prompt_length = self._prompt_length(prompt)
+        prompt_length = self.prompt_length_of(prompt)
         encode = functools.partial(encode_prompted, self.tokenizer, self.max_seq_length, prompt, "texts")
         for window in self._engine.windows(texts, encode, functools.partial(self._run, prompt_length)):
             yield _finish(window, dim, normalize_embeddings)
@@ -171,9 +173,10 @@ class SentenceEncoder:
 
     def _run(self, prompt_length: int, batch: PackedBatch) -> jax.Array:
         segments = max_segments(batch.input_ids.shape[1])
-        return self.model(**batch.inputs(), prompt_length=prompt_length, max_segments=segments)
+        tokens = np.stack([*batch.inputs().values()])  # a device is sent one array sooner than four
+        return _vectors(self.model, tokens, prompt_length, segments)
 
-    def _prompt_length(self, prompt: str) -> int:
+    def prompt_length_of(self, prompt: str) -> int:
         """How many tokens a prompt takes at the head of a text: all but a closing special token."""
         if not prompt or self.spec.include_prompt:
             return 0
@@ -188,6 +191,14 @@ class SentenceEncoder:
         if not isinstance(truncate_dim, int) or isinstance(truncate_dim, bool) or not 1 <= truncate_dim <= full:
             raise InputError(f"truncate_dim is {truncate_dim!r}, the vectors have {full} numbers")
         return truncate_dim
+
+
+@functools.partial(jit_model, static_argnames=("max_segments",))
+def _vectors(model: SentenceModel, tokens: jax.Array, prompt_length: int, max_segments: int) -> jax.Array:
+    """Vectors, float32 [rows, max_segments, dim], of what `PackedBatch.inputs` gives: int32 [4, rows, length]."""
+    input_ids, types, positions, segments = tokens
+    inputs = known_inputs(input_ids=input_ids, token_type_ids=types, position_ids=positions, segment_ids=segments)
+    return vectors(model, inputs, prompt_length, max_segments)
 
 
 def _finish(window: Window, dim: int, normalize: bool) -> EncodedBatch:

@@ -246,6 +246,8 @@ def progress_bar(items: Any, unit: str, show: bool | None) -> tqdm:
 
 
 def _join(parts: list[Encoded]) -> Encoded:
+    if len(parts) == 1:
+        return parts[0]
     firsts = np.cumsum([0, *(len(part.items) for part in parts[:-1])])
     return Encoded(
         items=[item for part in parts for item in part.items],

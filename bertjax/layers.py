@@ -6,7 +6,9 @@ residual stream, LayerNorm, GELU and softmax stay there. Lower precision thus me
 Dropout needs no hidden state: a call that is given a random key drops, one that is not does not.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +55,24 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+_shapes_only = contextvars.ContextVar("shapes_only", default=False)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Within it, new parameters are zeros: tracing how they are drawn takes as long as reading a model's file."""
+    token = _shapes_only.set(True)
+    try:
+        yield
+    finally:
+        _shapes_only.reset(token)
+
+
+def _initializer(stddev: float) -> nnx.Initializer:
+    """A normal distribution cut at two standard deviations, as in the BERT paper's code."""
+    return nnx.initializers.zeros if _shapes_only.get() else nnx.initializers.truncated_normal(stddev)
+
+
 def linear(
     in_features: int,
     out_features: int,
@@ -63,10 +83,7 @@ def linear(
     use_bias: bool = True,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A dense layer with a kernel [in_features, out_features], inputs in `dtype` and a float32 result.
-
-    Kernels are drawn from a normal distribution cut at two standard deviations, as in the BERT paper's code.
-    """
+    """A dense layer with a kernel [in_features, out_features], inputs in `dtype` and a float32 result."""
     return nnx.Linear(
         in_features,
         out_features,
@@ -76,7 +93,7 @@ def linear(
         precision=matmul_precision(dtype),
         preferred_element_type=jnp.float32,
         promote_dtype=_to_matmul_dtypes,
-        kernel_init=nnx.initializers.truncated_normal(initializer_range),
+        kernel_init=_initializer(initializer_range),
         rngs=rngs,
     )
 
@@ -122,7 +139,7 @@ def embedding(rows: int, features: int, *, param_dtype: DType, initializer_range
         rows,
         features,
         param_dtype=param_dtype,
-        embedding_init=nnx.initializers.truncated_normal(initializer_range),
+        embedding_init=_initializer(initializer_range),
         rngs=rngs,
     )
 

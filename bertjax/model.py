@@ -17,6 +17,7 @@ from bertjax.attention import Segments, check_attention, choose_backend, prepare
 from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
+from bertjax.flat import jit_model
 from bertjax.inputs import check_inputs
 from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
 
@@ -203,7 +204,8 @@ class BertModel(nnx.Module):
             position_ids: int [batch, length]. Default: counted from the start of the row or, with `segment_ids`, from
                 the start of the segment. Relative positions allow of no others.
             segment_ids: int [batch, length], for several texts packed into a row: a token attends only to tokens of
-                its own segment. A segment's tokens stand together; 0 marks padding. Default: a row is one text.
+                its own segment. A segment's tokens stand together; 0 marks padding, whose states mean nothing. Default:
+                a row is one text.
             inputs_embeds: float [batch, length, hidden], in the place of `input_ids` and of their word embeddings.
             head_mask: float, int or bool [heads] or [layers, heads]; multiplies each head's attention weights, so that
                 0 takes a head out. Default: 1 for every head.
@@ -286,7 +288,7 @@ def encode(
     return BertOutput(last, pooled, hidden_states, attentions)
 
 
-_compiled_encode = jax.jit(encode, static_argnames=("output_hidden_states", "output_attentions", "max_segments"))
+_compiled_encode = jit_model(encode, static_argnames=("output_hidden_states", "output_attentions", "max_segments"))
 
 
 def check_max_segments(model: BertModel, max_segments: int | None, segment_ids: Any) -> None:

@@ -22,7 +22,7 @@ from bertjax.convert.layout import Layout, standard_layout
 from bertjax.errors import CheckpointError, InputError
 from bertjax.fresh import check_kind, check_labels, check_parts, hinting, initialise, key_of, names_of, replaced_names
 from bertjax.labels import with_labels
-from bertjax.layers import DType
+from bertjax.layers import DType, shapes_only
 from bertjax.model import BertModel, check_dtype
 from bertjax.tokenizer import Tokenizer
 
@@ -205,7 +205,8 @@ def abstract(make: Callable[[], nnx.Module]) -> tuple[nnx.GraphDef, dict[rules.P
     Args:
         make: makes the module.
     """
-    module = nnx.eval_shape(make)
+    with shapes_only():
+        module = nnx.eval_shape(make)
     return nnx.split(module)[0], {path: struct.shape for path, struct in parameters(module)}
 
 

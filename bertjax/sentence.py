@@ -4,7 +4,6 @@ Everything is float32. The formulas are those of sentence-transformers' `Pooling
 written for packed rows: a row may hold several texts, and a vector comes out for each.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,8 +14,9 @@ from jax import lax
 
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
+from bertjax.flat import jit_model
 from bertjax.inputs import check_inputs
-from bertjax.layers import linear
+from bertjax.layers import ACTIVATION_FUNCTIONS, linear
 from bertjax.model import BertModel, encode, module_tree
 
 #: Pooling modes, in the order in which old Pooling configs, with a flag for each mode, concatenate several of them.
@@ -27,7 +27,7 @@ DENSE_ACTIVATIONS = {
     "torch.nn.modules.linear.Identity": lambda x: x,
     "torch.nn.modules.activation.Tanh": jnp.tanh,
     "torch.nn.modules.activation.ReLU": jax.nn.relu,
-    "torch.nn.modules.activation.GELU": lambda x: jax.nn.gelu(x, approximate=False),
+    "torch.nn.modules.activation.GELU": ACTIVATION_FUNCTIONS["gelu"],
     "torch.nn.modules.activation.SiLU": jax.nn.silu,
     "torch.nn.modules.activation.Sigmoid": jax.nn.sigmoid,
 }
@@ -188,7 +188,7 @@ class SentenceModel(nnx.Module):
         if max_segments is not None:
             _check_count("max_segments", max_segments, 1, int | np.integer)
         _check_count("prompt_length", prompt_length, 0, int | np.integer | np.ndarray | jax.Array)
-        return _vectors(self, inputs, prompt_length, max_segments)
+        return _compiled_vectors(self, inputs, prompt_length, max_segments)
 
     def __str__(self) -> str:
         return module_tree(self)
@@ -201,11 +201,10 @@ def _check_count(name: str, value: Any, least: int, kinds: Any) -> None:
         raise InputError(f"{name} is {value!r}, expected an int32 of at least {least}")
 
 
-@functools.partial(jax.jit, static_argnames=("max_segments",))
-def _vectors(
+def vectors(
     model: SentenceModel, inputs: dict[str, jax.Array | None], prompt_length: Any, max_segments: int | None
 ) -> jax.Array:
-    """The whole computation, on checked inputs."""
+    """The whole computation, on inputs that `check_inputs` returned; neither checked again nor compiled."""
     hidden = encode(model.bert, inputs).last_hidden_state
     segments, mask = inputs["segment_ids"], inputs["attention_mask"]
     members = jnp.ones((hidden.shape[0], 1, hidden.shape[1]), bool)
@@ -219,7 +218,10 @@ def _vectors(
     positions = jnp.where(members, places, 0).sum(1)
     if not model.include_prompt:
         members = members & (positions >= prompt_length)[:, None, :]
-    vectors = pool(hidden, members, positions, model.pooling)
+    pooled = pool(hidden, members, positions, model.pooling)
     for module in model.modules:
-        vectors = module(vectors)
-    return vectors[:, 0] if segments is None else vectors
+        pooled = module(pooled)
+    return pooled[:, 0] if segments is None else pooled
+
+
+_compiled_vectors = jit_model(vectors, static_argnames=("max_segments",))

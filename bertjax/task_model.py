@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError
+from bertjax.flat import jit_model
 from bertjax.inputs import check_inputs, check_label_count, check_labelled_segments
 from bertjax.layers import BertPredictionHead, DType, dropout, linear
 from bertjax.losses import IGNORED
@@ -261,7 +262,7 @@ def _logits(
     return dataclasses.replace(output, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
 
 
-_compiled_logits = jax.jit(
+_compiled_logits = jit_model(
     _logits, static_argnames=("output_hidden_states", "output_attentions", "max_segments", "max_predictions")
 )
 

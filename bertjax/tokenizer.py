@@ -88,6 +88,8 @@ class Tokenizer:
                 same id, or the backend's post-processor contradicts the vocabulary.
         """
         self.backend = _clone(backend)
+        # A clone that truncates, kept for the next call, and how it does so.
+        self._last_truncating: tuple[tuple[int, Truncation] | None, tokenizers.Tokenizer] = (None, self.backend)
         self.model_max_length = model_max_length
         self._truncation_side = truncation_side
         self._clean_up = clean_up_tokenization_spaces
@@ -328,7 +330,7 @@ class Tokenizer:
         return tokens, np.array([owner for owner, _, _ in windows], np.int64)
 
     def _truncating(self, max_length: int | None, truncation: Truncation, pair: bool) -> tokenizers.Tokenizer:
-        """A backend that truncates so; `self.backend` is shared between threads and stays as it is."""
+        """A backend that truncates so; backends are shared between threads and stay as they are."""
         if truncation not in ("longest_first", "only_first", "only_second"):
             raise InputError(f"truncation must be longest_first, only_first or only_second, not {truncation!r}")
         if truncation == "only_second" and not pair:
@@ -338,8 +340,12 @@ class Tokenizer:
         max_length = whole_number(max_length, "max_length")
         if max_length < self.num_special_tokens(pair):
             raise InputError(f"max_length={max_length} is less than the {self.num_special_tokens(pair)} special tokens")
-        backend = _clone(self.backend)
-        backend.enable_truncation(max_length, strategy=truncation, direction=self._truncation_side)
+        wanted = (max_length, truncation)
+        last, backend = self._last_truncating
+        if last != wanted:
+            backend = _clone(self.backend)
+            backend.enable_truncation(max_length, strategy=truncation, direction=self._truncation_side)
+            self._last_truncating = (wanted, backend)
         return backend
 
     def decode(self, ids: Sequence[int] | np.ndarray, skip_special_tokens: bool = True) -> str:

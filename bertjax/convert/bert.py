@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -119,10 +119,16 @@ class Plan:
             CheckpointError: a tensor holds NaN or infinity, or does so once it is cast.
         """
         tensors = {slot.name: tensor for slot, tensor in self.pairs()}
-        for path, slots in by_array(self.slots).items():
-            infos = [tensors[slot.name] for slot in slots]
-            target = dtype or widest({info.dtype for info in infos})
-            yield path, _read_array(slots, infos, target)
+
+        def jobs() -> Iterator[Callable[[], tuple[Path, np.ndarray] | None]]:
+            for path, slots in by_array(self.slots).items():
+                infos = [tensors[slot.name] for slot in slots]
+                array = _empty_array(slots, dtype or widest({info.dtype for info in infos}))
+                for slot, info in zip(slots, infos, strict=True):
+                    yield functools.partial(_read_slot, slot, info, array, path if slot is slots[-1] else None)
+
+        # Results come in the order of the jobs: with an array's last tensor all of it is there.
+        return (done for done in ahead(jobs()) if done is not None)
 
     def to_write(self, dtype: np.dtype | None = None) -> dict[str, TensorToWrite]:
         """The model's tensors by bertjax's names, in the file's order, each to be read when its turn comes.
@@ -181,21 +187,21 @@ def widest(dtypes: set[np.dtype]) -> np.dtype:
     return max(dtypes | {np.dtype(np.float32)}, key=lambda dtype: dtype.itemsize)
 
 
-def _read_array(slots: list[Slot], infos: list[TensorInfo], dtype: np.dtype) -> np.ndarray:
-    """Reads the tensors that make up one array and stacks them."""
+def _empty_array(slots: list[Slot], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array for the tensors that make it up."""
     first = slots[0]
     shape = first.shape[::-1] if first.transpose else first.shape
-    array = aligned_empty(shape if first.layer is None else (len(slots), *shape), dtype)
+    return aligned_empty(shape if first.layer is None else (len(slots), *shape), dtype)
 
-    def fill(slot: Slot, info: TensorInfo) -> None:
-        tensor, view = info.read(), slot.view(array)
+
+def _read_slot(slot: Slot, info: TensorInfo, array: np.ndarray, path: Path | None) -> tuple[Path, np.ndarray] | None:
+    """Reads a tensor to its place in an array. Returns path and array if there is a path."""
+    view = slot.view(array)
+    for rows, block in info.blocks():
         with np.errstate(over="ignore"):  # an overflow is found, and named, by the next check
-            assign(view, tensor)
-        _check_finite(info, tensor, view)
-
-    for _ in ahead(functools.partial(fill, *pair) for pair in zip(slots, infos, strict=True)):
-        pass
-    return array
+            assign(view[rows], block)
+        _check_finite(info, block, view[rows])
+    return None if path is None else (path, array)
 
 
 def copied(name: str, info: TensorInfo, dtype: np.dtype | None) -> TensorToWrite:
@@ -214,7 +220,7 @@ def copied(name: str, info: TensorInfo, dtype: np.dtype | None) -> TensorToWrite
 
 def _check_finite(info: TensorInfo, tensor: np.ndarray, cast: np.ndarray) -> None:
     """Refuses NaN and infinity in what was read, or in what became of it in another dtype."""
-    if is_finite(cast):
+    if is_finite(tensor if tensor.dtype == cast.dtype else cast):
         return
     where = f"{info.file}: tensor {info.name!r}"
     if is_finite(tensor):
