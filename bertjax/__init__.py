@@ -47,6 +47,7 @@ _HOMES = {
     "ZeroShotLabels": "tasks.zero_shot",
     "convert_checkpoint": "conversion",
     "describe": "reports",
+    "export_encoder": "export",
     "from_pretrained": "pretrained",
     "functional": "model",
     "named_parameters": "reports",

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bertjax.attention.xla import matmul_precision
 
@@ -49,8 +48,8 @@ def _by_distance(x: jax.Array, table: jax.Array) -> jax.Array:
     batch, length, heads, _ = x.shape
     positions = (table.shape[0] + 1) // 2
     # One column more than there are distances, which makes the shift below a change of the row length alone.
-    offsets = np.arange(2 * length) - length + 1
-    rows = table[np.clip(offsets + positions - 1, 0, 2 * positions - 2)].astype(dtype)
+    offsets = jnp.arange(2 * length) - length + 1
+    rows = table[jnp.clip(offsets + positions - 1, 0, 2 * positions - 2)].astype(dtype)
     products = jnp.matmul(
         x.transpose(0, 2, 1, 3), rows.T, precision=matmul_precision(dtype), preferred_element_type=jnp.float32
     )

@@ -4,6 +4,7 @@ import click
 
 from bertjax import __version__
 from bertjax.cli.checkpoints import convert, info
+from bertjax.cli.export import export
 from bertjax.cli.tasks import COMMANDS
 from bertjax.cli.vectors import embed
 
@@ -22,5 +23,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (embed, *COMMANDS, info, convert):
+for command in (embed, *COMMANDS, info, convert, export):
     main.add_command(command)
