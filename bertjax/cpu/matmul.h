@@ -30,13 +30,18 @@ inline void Prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at)
 // Memory that is wanted soon, fetched a few bytes at a time: asking for the same line again costs nothing.
 struct Ahead {
   const char* from;
-  int64_t step;
+  int64_t step;  // bytes for each of a product's depth
+
   // `bytes` from `from` on, a `share` of them in each of `shares` products with that depth.
   static Ahead Part(const void* from, int64_t bytes, int64_t share, int64_t shares, int64_t depth) {
     const int64_t step = bytes / (shares * depth);
     return {static_cast<const char*>(from) + share * step * depth, step};
   }
   static Ahead Nothing(const void* known) { return {static_cast<const char*>(known), 0}; }
+
+  void Fetch(int64_t depth) {
+    for (const char* end = from + depth * step; from < end; from += 64) Prefetch(from);
+  }
 };
 
 struct F32 {
@@ -81,7 +86,7 @@ struct F32 {
     Transpose(padded, 16, to, kPanel);
   }
 
-  // [rows, depth] x a panel -> float32 [rows, 32]. On the way, a step of `ahead` is fetched for each of the depth.
+  // [rows, depth] x a panel -> float32 [rows, 32]. `ahead` is fetched on the way.
   static void Multiply(int64_t rows, const float* a, int64_t stride, const float* panel, int64_t depth, float* out,
                        Ahead ahead) {
     switch (rows) {
@@ -192,7 +197,7 @@ struct BF16 {
 
   // The depth is a multiple of 32, and `a` has 16 or 32 rows to read.
   static void Multiply(int64_t rows, const bf16* a, int64_t stride, const bf16* panel, int64_t depth, float* out,
-                       Ahead) {
+                       Ahead ahead) {
     constexpr int kBytes = kPanel * sizeof(float);  // of a row of the panel's pairs and of the result
     const int64_t bytes = stride * sizeof(bf16);
     _tile_zero(0);
@@ -200,6 +205,7 @@ struct BF16 {
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += 32) {
+      ahead.Fetch(32);
       _tile_loadd(6, panel + k * kPanel, kBytes);
       _tile_loadd(7, panel + k * kPanel + 32, kBytes);
       _tile_loadd(4, a + k, bytes);
@@ -261,13 +267,14 @@ struct I8 {
 
   // The depth is a multiple of 64, and `a` has 16 or 32 rows to read; the results are int32.
   static void Multiply(int64_t rows, const int8_t* a, int64_t stride, const int8_t* panel, int64_t depth, float* out,
-                       Ahead) {
+                       Ahead ahead) {
     constexpr int kBytes = kPanel * sizeof(int32_t);  // of a row of the panel's fours and of the result
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += 64) {
+      ahead.Fetch(64);
       _tile_loadd(6, panel + k * kPanel, kBytes);
       _tile_loadd(7, panel + k * kPanel + 64, kBytes);
       _tile_loadd(4, a + k, stride);
