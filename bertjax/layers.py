@@ -9,6 +9,7 @@ Dropout needs no hidden state: a call that is given a random key drops, one that
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bertjax.attention import Segments, attend, matmul_precision, relative_bias
 from bertjax.config import BertConfig
+from bertjax.int8 import Int8Linear, dtype_of_attention, dtype_within, is_int8
 
 DType = jax.typing.DTypeLike
 
@@ -98,10 +100,19 @@ def linear(
     )
 
 
-def _square(config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> nnx.Linear:
+def _dense(
+    in_features: int, out_features: int, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs
+) -> nnx.Linear | Int8Linear:
+    """`linear` with the configuration's initial kernels, or the same in int8."""
+    if is_int8(dtype):
+        return Int8Linear(in_features, out_features, kernel_init=_initializer(config.initializer_range), rngs=rngs)
+    options = {"dtype": dtype, "param_dtype": param_dtype, "initializer_range": config.initializer_range}
+    return linear(in_features, out_features, rngs=rngs, **options)
+
+
+def _square(config: BertConfig, **options: Any) -> nnx.Linear | Int8Linear:
     """A dense layer from the hidden axis to itself."""
-    options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-    return linear(config.hidden_size, config.hidden_size, initializer_range=config.initializer_range, **options)
+    return _dense(config.hidden_size, config.hidden_size, config, **options)
 
 
 def _to_matmul_dtypes(
@@ -232,7 +243,7 @@ class BertSelfAttention(nnx.Module):
             )
         self.num_heads = config.num_attention_heads
         self.dropout_rate = config.attention_probs_dropout_prob
-        self.dtype = dtype
+        self.dtype = dtype_of_attention(dtype)
 
     def __call__(
         self,
@@ -280,16 +291,11 @@ class BertFeedForward(nnx.Module):
     """The position-wise feed-forward block, without the residual."""
 
     def __init__(self, config: BertConfig, *, dtype: DType, param_dtype: DType, rngs: nnx.Rngs):
-        options = {
-            "dtype": dtype,
-            "param_dtype": param_dtype,
-            "initializer_range": config.initializer_range,
-            "rngs": rngs,
-        }
-        self.intermediate = linear(config.hidden_size, config.intermediate_size, **options)
-        self.output = linear(config.intermediate_size, config.hidden_size, **options)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.intermediate = _dense(config.hidden_size, config.intermediate_size, config, **options)
+        self.output = _dense(config.intermediate_size, config.hidden_size, config, **options)
         self.activation = config.hidden_act
-        self.dtype = dtype
+        self.dtype = dtype_within(dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float32 [batch, length, hidden] to the same shape."""

@@ -19,12 +19,13 @@ from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
 from bertjax.flat import jit_model
 from bertjax.inputs import check_inputs
+from bertjax.int8 import dtype_of_attention, dtype_within, is_int8, refuse_dropout
 from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_COMPUTE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+_FLOATS = ("float32", "bfloat16", "float16")
 
 
 @jax.tree_util.register_dataclass
@@ -85,11 +86,12 @@ class BertEncoder(nnx.Module):
         output_attentions: bool = False,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         """Maps float32 [batch, length, hidden] to the last hidden state, all hidden states and the attentions."""
+        refuse_dropout(self.dtype, dropout_key)
         backend = choose_backend(
             self.attention,
             length=x.shape[1],
             head_dim=self.config.head_dim,
-            dtype=self.dtype,
+            dtype=dtype_of_attention(self.dtype),
             relative=self.config.position_embedding_type != "absolute",
             dropout=dropout_key is not None and self.config.attention_probs_dropout_prob > 0.0,
             return_weights=output_attentions,
@@ -137,8 +139,9 @@ class BertModel(nnx.Module):
         config: sizes and constants.
         add_pooling_layer: whether there is a pooler (`pooler_output`).
         dtype: dtype of the matmuls' inputs: float32, bfloat16 or float16. Accumulation, softmax, LayerNorm and the
-            residual stream are float32 whatever it is, and so are the outputs.
-        param_dtype: dtype of the parameters.
+            residual stream are float32 whatever it is, and so are the outputs. Or int8, for inference only: the
+            layers' six dense layers compute in int8 (see `bertjax.int8`), attention in bfloat16, the rest in float32.
+        param_dtype: dtype of the parameters. In int8, it is that of all but the dense layers' kernels, and float32.
         remat: recompute each layer's activations in the backward pass instead of keeping them.
         unroll: how many layers one step of the scan runs; True unrolls all of them.
         attention: what computes attention: "xla", "cudnn" or "tpu" (see `bertjax.attention`), or "auto", which chooses
@@ -159,14 +162,14 @@ class BertModel(nnx.Module):
         attention: str = "auto",
         rngs: nnx.Rngs,
     ):
-        dtype = check_dtype("dtype", dtype)
-        param_dtype = check_dtype("param_dtype", param_dtype)
+        dtype, param_dtype = check_dtypes(dtype, param_dtype)
         if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
             raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
         relative = config.position_embedding_type != "absolute"
-        check_attention(attention, dtype=dtype, head_dim=config.head_dim, relative=relative)
+        check_attention(attention, dtype=dtype_of_attention(dtype), head_dim=config.head_dim, relative=relative)
+        options = {"dtype": dtype_within(dtype), "param_dtype": param_dtype, "rngs": rngs}
         self.config = config
-        self.embeddings = BertEmbeddings(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.embeddings = BertEmbeddings(config, **options)
         self.encoder = BertEncoder(
             config,
             dtype=dtype,
@@ -176,7 +179,7 @@ class BertModel(nnx.Module):
             attention=attention,
             rngs=rngs,
         )
-        self.pooler = BertPooler(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs) if add_pooling_layer else None
+        self.pooler = BertPooler(config, **options) if add_pooling_layer else None
         # How the checkpoint spelt its names, kept so that `save_pretrained` gives the same file back.
         self.layout = None
 
@@ -349,16 +352,28 @@ def functional(model: nnx.Module) -> tuple[Any, dict]:
     return apply, nnx.to_pure_dict(state)
 
 
-def check_dtype(name: str, dtype: DType) -> jnp.dtype:
-    """Returns the dtype if a model can compute in it. Raises `ConfigError` otherwise."""
+def check_dtype(name: str, dtype: DType, accepted: tuple[str, ...] = _FLOATS) -> jnp.dtype:
+    """Returns the dtype if it is one that parameters have. Raises `ConfigError` otherwise."""
     try:
         found = jnp.dtype(dtype)
     except TypeError:
         found = None
-    if found not in [jnp.dtype(accepted) for accepted in _COMPUTE_DTYPES]:
-        names = ", ".join(jnp.dtype(accepted).name for accepted in _COMPUTE_DTYPES)
-        raise ConfigError(f"{name}={dtype!r} is not supported; expected one of {names}")
+    if found is None or found.name not in accepted:
+        raise ConfigError(f"{name}={dtype!r} is not supported; expected one of {', '.join(accepted)}")
     return found
+
+
+def check_dtypes(dtype: DType, param_dtype: DType | None) -> tuple[jnp.dtype, jnp.dtype]:
+    """Returns the dtypes that a model computes in and has its parameters in; None is for the one that goes with it.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    dtype = check_dtype("dtype", dtype, (*_FLOATS, "int8"))
+    param_dtype = dtype_within(dtype) if param_dtype is None else check_dtype("param_dtype", param_dtype)
+    if is_int8(dtype) and param_dtype != jnp.float32:
+        raise ConfigError(f"param_dtype is {param_dtype.name}; with dtype int8, what is not in int8 is in float32 only")
+    return dtype, param_dtype
 
 
 def module_tree(module: nnx.Module, name: str = "", indent: int = 0) -> str:

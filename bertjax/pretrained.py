@@ -21,9 +21,10 @@ from bertjax.convert import bert, names, rules, targets
 from bertjax.convert.layout import Layout, standard_layout
 from bertjax.errors import CheckpointError, InputError
 from bertjax.fresh import check_kind, check_labels, check_parts, hinting, initialise, key_of, names_of, replaced_names
+from bertjax.int8 import is_int8, quantize_rows, quantized_kernels
 from bertjax.labels import with_labels
 from bertjax.layers import DType, shapes_only
-from bertjax.model import BertModel, check_dtype
+from bertjax.model import BertModel, check_dtype, check_dtypes
 from bertjax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def from_pretrained(
         problem_type: "regression", "single_label_classification" or "multi_label_classification".
         revision: for the Hub: a branch, a tag or a commit.
         dtype: dtype of the matmuls' inputs; see `BertModel`.
-        param_dtype: dtype of the parameters; default: `dtype`.
+        param_dtype: dtype of the parameters; default: `dtype`, and float32 for int8.
         add_pooling_layer: whether a `BertModel` has a pooler; default: if the checkpoint has one.
         remat: see `BertModel`.
         unroll: see `BertModel`.
@@ -98,8 +99,7 @@ def from_pretrained(
     path = hub.resolve(
         path_or_hub_id, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
     )
-    dtype = check_dtype("dtype", dtype)
-    param_dtype = dtype if param_dtype is None else check_dtype("param_dtype", param_dtype)
+    dtype, param_dtype = check_dtypes(dtype, param_dtype)
     config, survey = open_checkpoint(path, prefix=prefix, untie=untie, ignore=ignore)
     kind = class_of(config, survey) if kind is None else check_kind(kind)
     parts = check_parts(kind, fresh)
@@ -121,7 +121,8 @@ def from_pretrained(
         survey, plan = match(survey, {path: shapes[path] for path in shapes if path not in missing}, untie)
     _log(kind, survey, plan, names_of(slots, parts), replaced_names(survey, parts))
     new = initialise(lambda rngs: kind(config, rngs=rngs, **options), missing, key)
-    model = fill(graphdef, plan, param_dtype, sharding, new)
+    quantized = dict.fromkeys(quantized_kernels(shapes), quantize_rows) if is_int8(dtype) else None
+    model = fill(graphdef, plan.arrays(param_dtype, quantized), sharding, new)
     # With a new part it is a new model: the checkpoint's names, shards and what they leave out are not its own.
     model.layout = None if parts else plan.layout
     return model
@@ -175,7 +176,7 @@ def save_pretrained(
 
     Raises:
         SourceError: the folder exists already, or can't be written.
-        CheckpointError: a parameter is NaN or infinite, or does not fit in `dtype`.
+        CheckpointError: a parameter is NaN or infinite, or does not fit in `dtype`; or the model computes in int8.
     """
     with atomic_folder(folder, force=force) as temporary:
         write_model(model, temporary, tokenizer, dtype, layout or model.layout, max_shard_size)
@@ -190,7 +191,13 @@ def write_model(
     max_shard_size: int | str | None = None,
 ) -> None:
     """Writes configuration, weights and, if given, the tokenizer's files into a folder; see `save_pretrained`."""
-    tree = {path: to_dtype(path, np.asarray(array), dtype) for path, array in parameters(model)}
+    arrays = dict(parameters(model))
+    if any(is_int8(array.dtype) for array in arrays.values()):
+        raise CheckpointError(
+            "a model in int8 does not have the weights that it was loaded from, and is not saved; copy or convert the "
+            "original checkpoint, or load it with another dtype"
+        )
+    tree = {path: to_dtype(path, np.asarray(array), dtype) for path, array in arrays.items()}
     tensors = bert.tensors_of(bert.slots_of({path: array.shape for path, array in tree.items()}), tree)
     config = model.config.to_hf() | {"architectures": [type(model).__name__]}
     write_config(folder, config, next(iter(tree.values())).dtype.name)
@@ -217,13 +224,12 @@ def abstract_model(config: BertConfig, **options: Any) -> tuple[nnx.GraphDef, di
 
 def fill(
     graphdef: nnx.GraphDef,
-    plan: bert.Plan,
-    dtype: np.dtype,
+    read: Iterable[tuple[rules.Path, np.ndarray]],
     sharding: Any,
     new: Mapping[rules.Path, jax.Array] = MappingProxyType({}),
 ) -> Any:
     """A module of this structure, its parameters read, but for new ones, and placed one array at a time."""
-    everything = itertools.chain(plan.arrays(dtype), new.items())
+    everything = itertools.chain(read, new.items())
     arrays = ((path, jax.device_put(array, sharding)) for path, array in everything)
     return nnx.merge(graphdef, rules.unflatten(arrays))
 

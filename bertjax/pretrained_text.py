@@ -60,7 +60,7 @@ def load_sentence_encoder(
         step_tokens: see `SentenceEncoder`.
         revision: see `from_pretrained`.
         dtype: see `BertModel`.
-        param_dtype: dtype of the encoder's parameters; default: `dtype`.
+        param_dtype: dtype of the encoder's parameters; default: `dtype`, and float32 for int8.
         attention: see `BertModel`.
         sharding: see `from_pretrained`.
         tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.
@@ -123,7 +123,7 @@ def _load_dense(spec: DenseSpec, width: int, sharding: Any) -> Dense:
     options = {"use_bias": spec.use_bias, "activation": spec.activation, "use_residual": spec.use_residual}
     graphdef, shapes = abstract(lambda: Dense(spec.in_features, spec.out_features, rngs=nnx.Rngs(0), **options))
     plan = bert.match_exactly(sources.open_weights(spec.folder), rules.expand(bert.DENSE_TABLE, shapes))
-    return fill(graphdef, plan, np.dtype(np.float32), sharding)
+    return fill(graphdef, plan.arrays(np.dtype(np.float32)), sharding)
 
 
 def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force: bool = False) -> None:
@@ -211,7 +211,7 @@ def load_task(
         task: the class of the task.
         revision: see `from_pretrained`.
         dtype: see `BertModel`.
-        param_dtype: dtype of the parameters; default: `dtype`.
+        param_dtype: dtype of the parameters; default: `dtype`, and float32 for int8.
         attention: see `BertModel`.
         sharding: see `from_pretrained`.
         tokenizer_normalizer: which of the tokenizer's files to believe where they disagree; see `Tokenizer`.

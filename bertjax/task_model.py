@@ -20,9 +20,10 @@ from bertjax.config import BertConfig
 from bertjax.errors import ConfigError
 from bertjax.flat import jit_model
 from bertjax.inputs import check_inputs, check_label_count, check_labelled_segments
+from bertjax.int8 import dtype_within
 from bertjax.layers import BertPredictionHead, DType, dropout, linear
 from bertjax.losses import IGNORED
-from bertjax.model import BertModel, BertOutput, check_dtype, check_max_segments, encode, module_tree
+from bertjax.model import BertModel, BertOutput, check_dtypes, check_max_segments, encode, module_tree
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,12 +121,12 @@ class BertWithHeads(nnx.Module):
             raise ConfigError(f"unknown head(s) {', '.join(map(repr, unknown))}; expected {', '.join(HEADS)}")
         if num_labels is not None:
             check_count("num_labels", num_labels, error=ConfigError)
-        dtypes = {"dtype": check_dtype("dtype", dtype), "param_dtype": check_dtype("param_dtype", param_dtype)}
-        options = dtypes | {"rngs": rngs}
+        dtype, param_dtype = check_dtypes(dtype, param_dtype)
+        options = {"dtype": dtype_within(dtype), "param_dtype": param_dtype, "rngs": rngs}
         dense = functools.partial(linear, config.hidden_size, initializer_range=config.initializer_range, **options)
         self.config = config
         encoder = {"remat": remat, "unroll": unroll, "attention": attention}
-        self.bert = BertModel(config, add_pooling_layer=add_pooling_layer, **encoder, **options)
+        self.bert = BertModel(config, add_pooling_layer=add_pooling_layer, **encoder, **options | {"dtype": dtype})
         self.predictions = BertPredictionHead(config, tied=tied, **options) if "predictions" in heads else None
         self.seq_relationship = dense(2) if "seq_relationship" in heads else None
         self.classifier = dense(num_labels or config.num_labels) if "classifier" in heads else None

@@ -266,7 +266,7 @@ def test_what_it_cannot_compute_is_named_and_left_to_the_scan(change, message):
 
 
 def test_other_dtypes_and_cpus_are_named(monkeypatch):
-    assert "in float32 or bfloat16, not in float16" in cpu.problem(SMALL, jnp.float16)
+    assert "in float32, bfloat16, int8, not in float16" in cpu.problem(SMALL, jnp.float16)
     monkeypatch.setattr(
         library, "_cpu_flags", lambda: frozenset(["avx512f", "avx512bw", "avx512dq", "fma", "bmi2", "abm", "popcnt"])
     )

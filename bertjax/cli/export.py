@@ -30,8 +30,8 @@ if TYPE_CHECKING:
               "texts of --calibration, binary as packed bits, a number's sign each.")  # fmt: skip
 @click.option("--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
               help="For int8: a few thousand texts like those to come, one a line.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True,
-              help="Precision of the weights and the matrix products.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "int8"]), default="float32",
+              show_default=True, help="Precision of the weights and the matrix products.")  # fmt: skip
 @click.option("--tokenizer-normalizer", type=click.Choice(["tokenizer.json", "tokenizer_config.json"]), help="Which "
               "file to believe where the two disagree.")  # fmt: skip
 @hub_options

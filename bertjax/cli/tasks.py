@@ -39,8 +39,9 @@ def _task_options(command: Callable) -> Callable:
         hub_options,
         click.option("--tokenizer-normalizer", type=click.Choice(["tokenizer.json", "tokenizer_config.json"]),
                      help="Which file to believe where the two disagree."),
-        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
-                     show_default=True, help="Precision of the matrix products; sums and scores are float32."),
+        click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16", "int8"]), default="float32",
+                     show_default=True, help="Precision of the matrix products; sums and scores are float32. In int8, "
+                     "weights are quantised while they are loaded."),
         click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
                      help="A .jsonl file to write; it appears whole or not at all. Default: standard output."),
         click.option("-m", "--model", required=True, metavar="MODEL", help=MODEL_HELP),

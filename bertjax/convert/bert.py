@@ -29,6 +29,8 @@ from bertjax.convert.tensors import (
 from bertjax.errors import CheckpointError
 
 _LAYER = "encoder.layer.{layer}"
+# Maps rows of a weight, float32 [out, in], to int8 of that shape and their scales, float32 [out].
+Quantizer = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _STACK = ("encoder", "layers")
 
 #: BERT's encoder, one row per module.
@@ -109,26 +111,34 @@ class Plan:
         """Every slot with its tensor."""
         return zip(self.slots, self.tensors, strict=True)
 
-    def arrays(self, dtype: np.dtype | None = None) -> Iterator[tuple[Path, np.ndarray]]:
+    def arrays(
+        self, dtype: np.dtype | None = None, quantized: Mapping[Path, Quantizer] | None = None
+    ) -> Iterator[tuple[Path, np.ndarray]]:
         """Reads the parameter tree, one array at a time, so that little more than one copy is ever in memory.
 
         Args:
             dtype: dtype of the arrays; None keeps the file's (the widest, where a stack mixes several).
+            quantized: the kernels to read as int8, and how; with each one comes its `scale`. See `bertjax.int8`.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinity, or does so once it is cast.
         """
         tensors = {slot.name: tensor for slot, tensor in self.pairs()}
 
-        def jobs() -> Iterator[Callable[[], tuple[Path, np.ndarray] | None]]:
+        def jobs() -> Iterator[Callable[[], list[tuple[Path, np.ndarray]]]]:
             for path, slots in by_array(self.slots).items():
                 infos = [tensors[slot.name] for slot in slots]
-                array = _empty_array(slots, dtype or widest({info.dtype for info in infos}))
+                if quantized and path in quantized:
+                    arrays = _empty_int8(path, slots)
+                    read = functools.partial(_quantize_slot, quantized[path])
+                else:
+                    wanted = dtype or widest({info.dtype for info in infos})
+                    arrays, read = [(path, _empty_array(slots, wanted))], _read_slot
                 for slot, info in zip(slots, infos, strict=True):
-                    yield functools.partial(_read_slot, slot, info, array, path if slot is slots[-1] else None)
+                    yield functools.partial(read, slot, info, arrays, last=slot is slots[-1])
 
         # Results come in the order of the jobs: with an array's last tensor all of it is there.
-        return (done for done in ahead(jobs()) if done is not None)
+        return itertools.chain.from_iterable(ahead(jobs()))
 
     def to_write(self, dtype: np.dtype | None = None) -> dict[str, TensorToWrite]:
         """The model's tensors by bertjax's names, in the file's order, each to be read when its turn comes.
@@ -194,14 +204,36 @@ def _empty_array(slots: list[Slot], dtype: np.dtype) -> np.ndarray:
     return aligned_empty(shape if first.layer is None else (len(slots), *shape), dtype)
 
 
-def _read_slot(slot: Slot, info: TensorInfo, array: np.ndarray, path: Path | None) -> tuple[Path, np.ndarray] | None:
-    """Reads a tensor to its place in an array. Returns path and array if there is a path."""
-    view = slot.view(array)
+def _empty_int8(path: Path, slots: list[Slot]) -> list[tuple[Path, np.ndarray]]:
+    """Uninitialised arrays for stacked kernels, and for their scales [layers, out]."""
+    scales = aligned_empty((len(slots), slots[0].shape[0]), np.dtype(np.float32))
+    return [(path, _empty_array(slots, np.dtype(np.int8))), ((*path[:-1], "scale"), scales)]
+
+
+def _read_slot(
+    slot: Slot, info: TensorInfo, arrays: list[tuple[Path, np.ndarray]], last: bool
+) -> list[tuple[Path, np.ndarray]]:
+    """Reads a tensor to its place in the array; returns what is complete by then, once the last tensor is read."""
+    view = slot.view(arrays[0][1])
     for rows, block in info.blocks():
         with np.errstate(over="ignore"):  # an overflow is found, and named, by the next check
             assign(view[rows], block)
         _check_finite(info, block, view[rows])
-    return None if path is None else (path, array)
+    return arrays if last else []
+
+
+def _quantize_slot(
+    quantize: Quantizer, slot: Slot, info: TensorInfo, arrays: list[tuple[Path, np.ndarray]], last: bool
+) -> list[tuple[Path, np.ndarray]]:
+    """The same for a kernel in int8, whose rows, in PyTorch's shape, are what shares a scale."""
+    view, scales = slot.view(arrays[0][1]), arrays[1][1][slot.layer]
+    for rows, block in info.blocks():
+        with np.errstate(over="ignore"):
+            exact = block.astype(np.float32, copy=False)
+        _check_finite(info, block, exact)
+        integers, scales[rows] = quantize(exact)
+        assign(view[rows], integers)
+    return arrays if last else []
 
 
 def copied(name: str, info: TensorInfo, dtype: np.dtype | None) -> TensorToWrite:

@@ -10,12 +10,15 @@ from flax import nnx
 from bertjax.attention import Segments
 from bertjax.config import BertConfig
 from bertjax.cpu.library import TARGET, library_problem
+from bertjax.int8 import Int8Linear, is_int8
 
 if TYPE_CHECKING:
     from bertjax.layers import BertLayer
 
-# The kernel works on blocks of 32 columns and has no code for what is left over.
-_BLOCK = 32
+# The library works on blocks of columns and has no code for what is left over; in int8 those of a product are wider.
+_BLOCK, _INT8_BLOCK = 32, 64
+# What the library calls the compute dtypes.
+_COMPUTE = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
 def problem(config: BertConfig, dtype: jax.typing.DTypeLike) -> str | None:
@@ -29,10 +32,13 @@ def problem(config: BertConfig, dtype: jax.typing.DTypeLike) -> str | None:
         return f"it has the activation gelu only, not {config.hidden_act}"
     if config.position_embedding_type != "absolute":
         return "it has no relative positions"
-    sizes = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "head_dim")}
-    odd = [f"{name}={size}" for name, size in sizes.items() if size % _BLOCK]
-    if odd:
-        return f"it needs sizes that are multiples of {_BLOCK}, not {', '.join(odd)}"
+    blocks = [(_BLOCK, ("hidden_size", "intermediate_size", "head_dim"))]
+    if is_int8(dtype):
+        blocks.append((_INT8_BLOCK, ("hidden_size", "intermediate_size")))
+    for block, names in blocks:
+        odd = [f"{name}={getattr(config, name)}" for name in names if getattr(config, name) % block]
+        if odd:
+            return f"it needs sizes that are multiples of {block}, not {', '.join(odd)}"
     return library_problem(jnp.dtype(dtype).name)
 
 
@@ -42,14 +48,14 @@ def encode(
     """Runs every layer of an encoder, in a program for one CPU device; where `problem` names one, what it does is open.
 
     Products are accumulated and everything between them is computed in float32, as in the scan over layers; with
-    bfloat16 the attention weights are rounded before their sum divides them.
+    bfloat16 and int8 the attention weights are rounded to bfloat16 before their sum divides them.
 
     Args:
         x: float32 [batch, length, hidden], the embeddings.
         segments: which keys each query may look at; a query without any attends to every key alike.
-        layers: the stacked layers; every parameter has a leading axis of layers.
+        layers: the stacked layers, for which `is_plain` holds; every parameter has a leading axis of layers.
         config: sizes and constants.
-        dtype: float32 or bfloat16, what inputs of matrix products are rounded to.
+        dtype: float32 or bfloat16, what inputs of matrix products are rounded to, or int8; see `bertjax.int8`.
 
     Returns:
         The last hidden state, float32 [batch, length, hidden].
@@ -58,6 +64,7 @@ def encode(
     kernels = [part.kernel[...] for part in dense]
     # Rounding float32 kernels is part of what the library does anyway; copies of any other kind have to be made here.
     kept = jnp.float32 if all(kernel.dtype == jnp.float32 for kernel in kernels) else dtype
+    scales = [part.scale[...] for part in dense] if is_int8(dtype) else []
     vectors = [part.bias for part in dense]
     vectors += [vector for norm in norms for vector in (norm.scale, norm.bias)]
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, jnp.float32), vmap_method="sequential")
@@ -66,19 +73,21 @@ def encode(
         *_numbers(segments, x.shape[:2]),
         *(kernel.astype(kept) for kernel in kernels),
         *(vector[...].astype(jnp.float32) for vector in vectors),
+        *scales,
         heads=np.int64(config.num_attention_heads),
         eps=np.float32(config.layer_norm_eps),
-        compute=np.int64(jnp.dtype(dtype) == jnp.bfloat16),
+        compute=np.int64(_COMPUTE[jnp.dtype(dtype).name]),
     )
 
 
 def is_plain(layers: "BertLayer") -> bool:
     """Whether the layers are made of nothing but dense layers and LayerNorms, with no adapter in the place of one."""
     dense, norms = _parts(layers)
-    return all(type(part) is nnx.Linear for part in dense) and all(type(part) is nnx.LayerNorm for part in norms)
+    alike = {type(part) for part in dense} in ({nnx.Linear}, {Int8Linear})
+    return alike and all(type(part) is nnx.LayerNorm for part in norms)
 
 
-def _parts(layers: "BertLayer") -> tuple[list[nnx.Linear], list[nnx.LayerNorm]]:
+def _parts(layers: "BertLayer") -> tuple[list[nnx.Linear | Int8Linear], list[nnx.LayerNorm]]:
     """The dense layers and the LayerNorms, in the order of the library's arguments."""
     attention, feed_forward = layers.attention, layers.feed_forward
     dense = [attention.query, attention.key, attention.value, attention.output]

@@ -16,7 +16,8 @@ LIBRARY = Path(__file__).with_name("libencoder.so")
 
 # By compute dtype, the instructions, as Linux spells them in /proc/cpuinfo.
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", "abm", "popcnt")
-_INSTRUCTIONS = {"float32": _AVX512, "bfloat16": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16")}
+_AMX = (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16")
+_INSTRUCTIONS = {"float32": _AVX512, "bfloat16": _AMX, "int8": (*_AMX, "amx_int8")}
 
 
 def available(dtype: jax.typing.DTypeLike) -> bool:
@@ -28,20 +29,20 @@ def available(dtype: jax.typing.DTypeLike) -> bool:
 def library_problem(dtype: str) -> str | None:
     """What keeps the library from computing in this dtype on this machine, or None."""
     if dtype not in _INSTRUCTIONS:
-        return f"it computes in {' or '.join(_INSTRUCTIONS)}, not in {dtype}"
+        return f"it computes in {', '.join(_INSTRUCTIONS)}, not in {dtype}"
     if missing := missing_instructions(dtype):
         return f"in {dtype} it needs a CPU with {', '.join(missing)}"
     library = _load()
     if isinstance(library, str):
         return library
     # Linux lets a process use AMX's tiles only after it has asked.
-    if dtype == "bfloat16" and library.bertjax_enable_amx() != 0:
+    if "amx_tile" in _INSTRUCTIONS[dtype] and library.bertjax_enable_amx() != 0:
         return "the operating system does not let this process use AMX"
     return None
 
 
 def missing_instructions(dtype: str) -> list[str]:
-    """What this CPU would need besides what it has, to compute in "float32" or "bfloat16"."""
+    """What this CPU would need besides what it has, to compute in a dtype of `_INSTRUCTIONS`."""
     return [name for name in _INSTRUCTIONS[dtype] if name not in _cpu_flags()]
 
 
