@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -48,6 +48,18 @@ class Encoded:
     items: list[Any]
     tokens: Tokens
     owners: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Sequence["Encoded"]) -> "Encoded":
+        """The items of several, one after another, with their rows."""
+        if len(parts) == 1:
+            return parts[0]
+        firsts = np.cumsum([0, *(len(part.items) for part in parts[:-1])])
+        return cls(
+            items=[item for part in parts for item in part.items],
+            tokens=Tokens.join([part.tokens for part in parts]),
+            owners=np.concatenate([part.owners + first for part, first in zip(parts, firsts, strict=True)]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +217,14 @@ def _encoded(items: Iterable[Any], encode: Callable, chunk: int, budget: int) ->
             position += len(taken)
             size += sum(map(len, encoded.tokens.input_ids))
             if size >= budget or sum(len(part.tokens) for part in parts) >= _WINDOW_ROWS:
-                yield _join(parts)
+                yield Encoded.join(parts)
                 parts, size = [], 0
     except Exception:
         if parts:
-            yield _join(parts)
+            yield Encoded.join(parts)
         raise
     if parts:
-        yield _join(parts)
+        yield Encoded.join(parts)
 
 
 def _check_rows(encoded: Encoded, position: int) -> None:
@@ -242,15 +254,4 @@ def progress_bar(items: Any, unit: str, show: bool | None) -> tqdm:
         unit=unit,
         disable=None if show is None else not show,
         delay=2.0 if show is None else 0,
-    )
-
-
-def _join(parts: list[Encoded]) -> Encoded:
-    if len(parts) == 1:
-        return parts[0]
-    firsts = np.cumsum([0, *(len(part.items) for part in parts[:-1])])
-    return Encoded(
-        items=[item for part in parts for item in part.items],
-        tokens=Tokens.join([part.tokens for part in parts]),
-        owners=np.concatenate([part.owners + first for part, first in zip(parts, firsts, strict=True)]),
     )

@@ -28,3 +28,7 @@ class InputError(BertjaxError, ValueError):
 
 class SourceError(BertjaxError, OSError):
     """A folder, a file or a repository on the Hub can't be found, reached, read or written."""
+
+
+class JobError(BertjaxError, ValueError):
+    """A job over a corpus does not go with what is in its folder."""

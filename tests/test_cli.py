@@ -31,37 +31,35 @@ def run(*arguments, stdin=None, code=0):
     return result
 
 
-def test_embeds_a_file_into_an_array(sentence_folder, vectors, tmp_path):
+def lines_of(result) -> np.ndarray:
+    return np.array([json.loads(line) for line in result.stdout.splitlines()], np.float32)
+
+
+def test_embeds_a_file_and_says_what_was_in_it(sentence_folder, vectors, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
-    result = run("embed", "--model", sentence_folder, tmp_path / "texts.txt", "-o", tmp_path / "out.npy")
-    found = np.load(tmp_path / "out.npy")
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, vectors, rtol=0, atol=1e-6)
-    assert result.stdout == ""
+    result = run("embed", "--model", sentence_folder, tmp_path / "texts.txt")
+    np.testing.assert_allclose(lines_of(result), vectors, rtol=0, atol=1e-6)
     assert result.stderr.startswith("4 text(s), 21 tokens, ")
     assert result.stderr.endswith(" 0 truncated\n")
 
 
 def test_embeds_standard_input_and_writes_json_lines(sentence_folder, vectors):
     result = run("embed", "-m", sentence_folder, stdin="\n".join(TEXTS))
-    found = np.array([json.loads(line) for line in result.stdout.splitlines()], np.float32)
-    np.testing.assert_allclose(found, vectors, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(lines_of(result), vectors, rtol=0, atol=1e-6)
 
 
-def test_json_lines_hold_every_digit(sentence_folder, vectors, tmp_path):
+def test_json_lines_hold_every_digit(sentence_folder):
     arguments = [part for text in TEXTS for part in ("-t", text)]
-    run("embed", "-m", sentence_folder, *arguments, "-o", tmp_path / "out.jsonl")
-    run("embed", "-m", sentence_folder, *arguments, "-o", tmp_path / "out.npy")
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    np.testing.assert_array_equal(np.array(lines, np.float32), np.load(tmp_path / "out.npy"))
+    found = lines_of(run("embed", "-m", sentence_folder, *arguments))
+    np.testing.assert_array_equal(found, SentenceEncoder.from_pretrained(sentence_folder).encode(TEXTS))
 
 
 def test_embeds_a_field_of_json_lines_from_several_files(sentence_folder, vectors, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": 1, "body": text}) for text in TEXTS[:2]))
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in TEXTS[2:]))
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    run("embed", "-m", sentence_folder, "--field", "body", *files, "-o", tmp_path / "out.npy")
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=0, atol=1e-6)
+    found = lines_of(run("embed", "-m", sentence_folder, "--field", "body", *files))
+    np.testing.assert_allclose(found, vectors, rtol=0, atol=1e-6)
 
 
 def test_only_line_feeds_end_a_text(sentence_folder):
@@ -69,20 +67,21 @@ def test_only_line_feeds_end_a_text(sentence_folder):
     assert len(result.stdout.splitlines()) == 2
 
 
-def test_options_reach_the_encoder(sentence_folder, tmp_path):
+def test_options_reach_the_encoder(sentence_folder):
     encoder = SentenceEncoder.from_pretrained(sentence_folder, pooling=("cls", "max"), max_seq_length=6)
     expected = encoder.encode(TEXTS, prompt_name="query", truncate_dim=20, normalize_embeddings=True)
     options = "--pooling cls --pooling max --max-seq-length 6 --prompt-name query --truncate-dim 20 --normalize"
     arguments = [part for text in TEXTS for part in ("-t", text)]
-    result = run("embed", "-m", sentence_folder, *options.split(), *arguments, "-o", tmp_path / "out.npy")
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), expected, rtol=0, atol=1e-6)
+    result = run("embed", "-m", sentence_folder, *options.split(), *arguments)
+    np.testing.assert_allclose(lines_of(result), expected, rtol=0, atol=1e-6)
     assert "2 truncated" in result.stderr  # 'she was' and two special tokens leave room for two
 
 
-def test_no_texts_make_an_empty_array(sentence_folder, tmp_path):
+def test_no_texts_make_no_vectors(sentence_folder, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    run("embed", "-m", sentence_folder, tmp_path / "empty.txt", "-o", tmp_path / "out.npy")
-    assert np.load(tmp_path / "out.npy").shape == (0, 16)
+    result = run("embed", "-m", sentence_folder, tmp_path / "empty.txt")
+    assert result.stdout == ""
+    assert result.stderr == "0 text(s), 0 tokens, no positions, 0 truncated\n"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_no_texts_make_an_empty_array(sentence_folder, tmp_path):
         (["-m", "{model}"], b"a\n" * 9999 + b"ab\xff\n", "standard input:10000: not UTF-8 text (invalid start byte at"),
         (["-m", "{model}", "-f", "a"], '{"a": "\\ud800"}', "standard input:1: field 'a' is"),
         (["-m", "{model}", "."], None, ".: is a folder, expected a file of texts"),
-        (["-m", "{model}", "-t", "x", "-o", "/no/such/out.npy"], None, "/no/such/out.npy: can't be written"),
+        (["-m", "{model}", "README.md", "--out", "/dev/null/out"], None, "/dev/null/out: can't be written"),
         (["-m", "{golden}", "-t", "x"], None, "pass pooling= (or --pooling) with one of"),
     ],
 )
@@ -112,23 +111,19 @@ def test_errors_are_one_line_without_a_traceback(sentence_folder, arguments, std
     ("arguments", "message"),
     [
         (["-m", "x", "-t", "a", "file"], "not both"),
-        (["-m", "x", "-t", "a", "-o", "out.csv"], "ends in .npy or .jsonl"),
+        (["-m", "x", "-t", "a", "--out", "out"], "--text does not go with --out"),
+        (["-m", "x", "a.txt", "--format", "npy"], "--format goes with --out"),
+        (["-m", "x", "a.txt", "--vectors", "int8"], "--vectors goes with --out"),
+        (["-m", "x", "-", "--out", "out"], "not standard input, which can't be resumed"),
+        (["-m", "x", "--out", "out"], "not standard input, which can't be resumed"),
         (["-t", "a"], "Missing option '-m'"),
         (["-m", "x", "-t", "a", "-f", "body"], "not to --text"),
         (["-m", "x", "-t", "a", "--truncate-dim", "0"], "0 is not in the range"),
-        (["-m", "x", "-t", "a", "--dtype", "int8"], "'int8' is not one of"),
+        (["-m", "x", "-t", "a", "--dtype", "int4"], "'int4' is not one of"),
     ],
 )
 def test_mistaken_options_are_usage_errors(arguments, message):
     assert message in run("embed", *arguments, code=2).stderr
-
-
-def test_a_failed_run_leaves_an_old_result_alone(sentence_folder, tmp_path):
-    (tmp_path / "out.npy").write_text("old")
-    result = run("embed", "-m", sentence_folder, "-f", "a", "-o", tmp_path / "out.npy", stdin="{}", code=1)
-    assert "field 'a'" in result.stderr
-    assert (tmp_path / "out.npy").read_text() == "old"
-    assert os.listdir(tmp_path) == ["out.npy"]
 
 
 def test_debug_shows_the_traceback(sentence_folder):
@@ -360,9 +355,9 @@ def test_a_pipe_is_a_file(sentence_folder, vectors, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("\n".join(TEXTS)))
     writer.start()
-    run("embed", "-m", sentence_folder, tmp_path / "pipe", "-o", tmp_path / "out.npy")
+    result = run("embed", "-m", sentence_folder, tmp_path / "pipe")
     writer.join()
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), vectors, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(lines_of(result), vectors, rtol=0, atol=1e-6)
 
 
 def test_a_byte_order_mark_is_no_text(sentence_folder):
@@ -375,8 +370,9 @@ def test_standard_input_twice_is_read_once(sentence_folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_leaves_nothing_behind(sentence_folder, tmp_path, number):
-    command = [sys.executable, "-m", "bertjax", "embed", "-m", sentence_folder, "-", "-o", tmp_path / "out.npy"]
+def test_a_signal_leaves_nothing_behind(tmp_path, number):
+    model = DATA / "tasks" / "classification" / "model"
+    command = [sys.executable, "-m", "bertjax", "classify", "-m", model, "-", "-o", tmp_path / "out.jsonl"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdin.write(b"a cat\n")
         process.stdin.flush()

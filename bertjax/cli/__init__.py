@@ -16,7 +16,7 @@ def main(debug: bool) -> None:
     """BERT on JAX: embed texts, use BERT's heads on them, look into checkpoints, convert them.
 
     \b
-    bertjax embed --model sentence-transformers/all-MiniLM-L6-v2 texts.txt -o vectors.npy
+    bertjax embed --model sentence-transformers/all-MiniLM-L6-v2 texts.txt > vectors.jsonl
     bertjax fill-mask --model google-bert/bert-base-uncased --text "Paris is the [MASK] of France."
     bertjax info sentence-transformers/all-MiniLM-L6-v2
     bertjax convert old-checkpoint/ new-checkpoint/

@@ -1,0 +1,61 @@
+import json
+import os
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from corpora import ids, some_texts, write
+from test_cli import run
+
+from bertjax import SentenceEncoder
+
+TEXTS = some_texts(40)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write(folder / "a.parquet", TEXTS[:25])
+    write(folder / "b.csv.gz", TEXTS[25:], 25)
+    return folder
+
+
+def test_a_folder_becomes_a_folder(sentence_folder, inputs, tmp_path):
+    options = "--field text --id id --prompt-name query --normalize --truncate-dim 8 --shard-rows 15".split()
+    command = ["embed", inputs, "-m", sentence_folder, *options, "--out", tmp_path / "out"]
+    result = run(*command)
+    assert result.stdout == ""
+    table = pq.read_table(tmp_path / "out")
+    assert table["id"].to_pylist() == ids(40)
+    encoder = SentenceEncoder.from_pretrained(sentence_folder)
+    expected = encoder.encode(TEXTS, prompt_name="query", truncate_dim=8, normalize_embeddings=True)
+    np.testing.assert_allclose(table["embedding"].to_pylist(), expected, rtol=0, atol=1e-6)
+    tokens = json.loads((tmp_path / "out" / "_summary.json").read_text())["tokens"]
+    empty = TEXTS.count("")
+    assert result.stderr.startswith(f"40 row(s), {tokens:,} tokens, ")
+    assert f" 0 truncated, {empty} empty, 0 bad; in " in result.stderr
+    again = run(*command)
+    assert again.stderr.endswith("0 shapes compiled\n")
+    assert "rows/s" not in again.stderr
+    changed = run(*command, "--dtype", "bfloat16", code=1)
+    assert changed.stderr.startswith(f"Error: {tmp_path / 'out'}: holds another job")
+    assert 'dtype was "float32", is "bfloat16"' in changed.stderr
+
+
+def test_arrays_and_bad_rows(sentence_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"body": "a cat"}\nnonsense\n')
+    command = ["embed", "*.jsonl", "-m", sentence_folder, "--out", "out", "--format", "npy", "--vectors", "binary"]
+    stopped = run(*command, code=1)
+    assert stopped.stderr == (
+        f"Error: {tmp_path / 'a.jsonl'}: row 1 (row 1 of the job): not a line of JSON (Expecting value: line 1 "
+        "column 1 (char 0)); on_bad='skip' (--on-bad skip) goes on without such rows\n"
+    )
+    assert "1 bad; in " in run(*command, "--on-bad", "skip").stderr
+    assert np.load("out/part-00000.npy").dtype == np.uint8
+    assert sorted(os.listdir("out")) == ["_bad", "_job", "_summary.json", "part-00000.npy"]
+
+
+def test_two_columns_of_texts_need_a_name(sentence_folder, inputs, tmp_path):
+    result = run("embed", inputs, "-m", sentence_folder, "--out", tmp_path / "out", code=1)
+    assert "2 columns of texts ('id', 'text') to choose from; name one with text= (or --field)" in result.stderr
