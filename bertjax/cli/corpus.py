@@ -15,12 +15,15 @@ import click
 STOPPED = 75
 
 #: The parameters that only a job has, apart from `out`.
-JOB_OPTIONS = ("id", "keep", "format", "shard_rows", "on_bad")
+JOB_OPTIONS = ("id", "keep", "format", "shard_rows", "on_bad", "engine")
 
 
 def job_options(command: Callable) -> Callable:
     """Adds the options of a job over files."""
     for option in (
+        click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="What "
+                     "to run on: all devices of this machine, or actors of Ray: on the cluster that RAY_ADDRESS or "
+                     "this machine belongs to, or else on one that is started here."),
         click.option("--on-bad", type=click.Choice(["stop", "skip"]), default="stop", show_default=True, help="What to "
                      "do with a row that has no text, is no UTF-8 or can't be parsed: stop, or leave its results null "
                      "and say why in DIR/_bad."),
@@ -38,7 +41,14 @@ def job_options(command: Callable) -> Callable:
 
 
 def run_job(
-    inputs: Sequence[Path], out: Path, field: str | None, work: Callable[[], Any], *, id: str | None, **options: Any
+    inputs: Sequence[Path],
+    out: Path,
+    field: str | None,
+    work: Callable[[], Any],
+    *,
+    id: str | None,
+    engine: str,
+    **options: Any,
 ) -> None:
     """Runs a job to its end, or until a signal; says on standard error what it did.
 
@@ -48,11 +58,15 @@ def run_job(
         field: the column that holds the text, or None for the only one.
         work: makes the `bertjax.corpus.work.Work`.
         id: the column that takes the place of the row number.
+        engine: "local" or "ray".
         **options: of `bertjax.corpus.Job`.
     """
     if not inputs or "-" in map(str, inputs):
         raise click.UsageError("--out takes files, folders or patterns, not standard input, which can't be resumed")
     from bertjax.corpus import Job, run
+
+    if engine == "ray":
+        from bertjax.corpus.on_ray import run_on_ray as run
 
     job = Job(tuple(map(str, inputs)), str(out), work(), text=field and (field,), id=id, **options)
     with _stopping() as stop:

@@ -114,9 +114,9 @@ def run(
         missing = [index for index in wanted if not folder.is_done(index)]
         maker = _Maker(job, planned, folder, clock, stop or threading.Event())
         if missing:
-            with _bar(planned, folder, show_progress_bar) as bar:
+            with progress_bar(planned, folder, show_progress_bar) as bar:
                 maker.make(missing, loader.load().calibrated(planned.calibration), bar)
-    summary = _summarise(planned, folder, maker, clock)
+    summary = summarise(planned, folder, maker, clock)
     if summary.is_done and (missing or not folder.has_summary()):
         folder.summarise(summary.to_json())
     return summary
@@ -261,13 +261,15 @@ class _Writer:
         return [*numbers, *batch.encoded.block.kept, *made]
 
 
-def _bar(plan: Plan, folder: JobFolder, show: bool | None) -> tqdm:
+def progress_bar(plan: Plan, folder: JobFolder, show: bool | None) -> tqdm:
+    """A bar of a job's rows, at what is done already; None shows it on a terminal."""
     done = sum(len(plan.shard(index)) for index in range(plan.num_shards) if folder.is_done(index))
     disable = None if show is None else not show
     return tqdm(total=plan.num_rows, initial=done, unit="row", unit_scale=True, disable=disable)
 
 
-def _summarise(plan: Plan, folder: JobFolder, maker: _Maker, clock: Clock) -> Summary:
+def summarise(plan: Plan, folder: JobFolder, maker: Any, clock: Clock) -> Summary:
+    """What there is of a job, and what `maker` did, who has `rows` and `compiles`."""
     done = [index for index in range(plan.num_shards) if folder.is_done(index)]
     return Summary(
         counts=sum((folder.counts(index) for index in done), Counts()),
