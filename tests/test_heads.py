@@ -632,7 +632,7 @@ def test_any_combination_of_heads_has_its_parameters():
     [
         ({"heads": ("prediction",)}, "unknown head.* 'prediction'; expected predictions, seq_relationship"),
         ({"heads": ("classifier",), "num_labels": 0}, "num_labels is 0, expected a positive integer"),
-        ({"heads": (), "dtype": "int8"}, "dtype='int8' is not supported"),
+        ({"heads": (), "dtype": "int16"}, "dtype='int16' is not supported"),
         ({"heads": (), "unroll": 0}, "unroll is 0"),
     ],
 )
