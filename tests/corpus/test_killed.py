@@ -113,6 +113,7 @@ def test_a_job_killed_at_a_random_moment_ends_with_the_same_bytes(start, whole, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # fifty starts of a process that imports JAX and compiles
 def test_a_job_killed_at_fifty_random_moments_ends_with_the_same_bytes(start, whole, tmp_path):
     kill_often(start, whole, tmp_path, 50)
 
