@@ -109,16 +109,18 @@ class Encoder {
     const int64_t room = RoundUp(rows_, kPanel);
     const int64_t narrow = room * stride<float>() * sizeof(float), between = room * stride<U>() * sizeof(U);
     const int64_t wide = room * wide_stride<U>() * sizeof(U);
-    const int64_t rounded = kSame ? 0 : room * (stride<T>() + wide_stride<T>()) * sizeof(T) + room * sizeof(float);
-    char* next = scratch.Get<char>(narrow + 4 * between + wide + rounded);
+    const int64_t rounded = kSame ? 0 : room * stride<T>() * sizeof(T);
+    const int64_t quantized = kUnits ? room * (wide_stride<T>() * sizeof(T) + sizeof(float)) : 0;
+    char* next = scratch.Get<char>(narrow + 4 * between + wide + rounded + quantized);
     const auto take = [&](int64_t bytes) { return std::exchange(next, next + bytes); };
     x_ = reinterpret_cast<float*>(take(narrow));
     for (U** place : {&query_, &key_, &value_, &context_}) *place = reinterpret_cast<U*>(take(between));
     wide_ = reinterpret_cast<U*>(take(wide));
-    if constexpr (kSame) return;
-    rounded_ = reinterpret_cast<T*>(take(room * stride<T>() * sizeof(T)));
-    rounded_wide_ = reinterpret_cast<T*>(take(room * wide_stride<T>() * sizeof(T)));
-    units_ = reinterpret_cast<float*>(take(room * sizeof(float)));
+    if constexpr (!kSame) rounded_ = reinterpret_cast<T*>(take(rounded));
+    if constexpr (kUnits) {
+      rounded_wide_ = reinterpret_cast<T*>(take(room * wide_stride<T>() * sizeof(T)));
+      units_ = reinterpret_cast<float*>(take(room * sizeof(float)));
+    }
   }
 
   // [batch, length, hidden] to the same; zero at padding.
