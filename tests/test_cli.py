@@ -126,6 +126,15 @@ def test_mistaken_options_are_usage_errors(arguments, message):
     assert message in run("embed", *arguments, code=2).stderr
 
 
+def test_a_failed_run_leaves_an_old_result_alone(tmp_path):
+    (tmp_path / "out.jsonl").write_text("old")
+    model = DATA / "tasks" / "classification" / "model"
+    result = run("classify", "-m", model, "-f", "a", "-o", tmp_path / "out.jsonl", stdin="{}", code=1)
+    assert "field 'a'" in result.stderr
+    assert (tmp_path / "out.jsonl").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.jsonl"]
+
+
 def test_debug_shows_the_traceback(sentence_folder):
     command = [sys.executable, "-m", "bertjax", "--debug", "info", "/no/such"]
     done = subprocess.run(command, capture_output=True, text=True)
