@@ -99,12 +99,17 @@ class JobFolder:
             if self.is_done(index):  # since it was looked at first
                 claim.release()
                 return None
-            for left in self.path.glob(f".{name}.*.tmp"):
-                left.unlink()
+            self._sweep(f".{self.shard(index).stem}.*.tmp")
         except BaseException:
             claim.release()
             raise
         return claim
+
+    def _sweep(self, pattern: str) -> None:
+        """Removes what dead workers left behind, of files with such names."""
+        for folder in (self.path, self.path / "_job", self.path / "_bad"):
+            for left in folder.glob(pattern):
+                left.unlink(missing_ok=True)
 
     def publish(self, claim: "Claim", counts: Counts, bad: list[dict[str, Any]]) -> None:
         """Puts a shard that is written in its place, after all that is told of it.
@@ -138,8 +143,10 @@ class JobFolder:
         return (self.path / _SUMMARY).exists()
 
     def summarise(self, summary: dict[str, Any]) -> None:
-        """Writes the summary, which says that the job is done."""
+        """Writes the summary, which says that the job is done: nobody writes shards any more."""
         with writing(self.path / _SUMMARY):
+            self._sweep(".part-*.tmp")
+            self._sweep("part-*.lock")
             replace(self.path / _SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 

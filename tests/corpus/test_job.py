@@ -90,12 +90,14 @@ def test_missing_shards_are_made_again_with_the_same_bytes(finished, corpus, sen
     before = shards(folder)
     for index in lost:
         (folder / f"part-{index:05}.parquet").unlink()
-    (folder / ".part-00001.parquet.0123.tmp").write_bytes(b"left by a worker that was killed")
+    left = [".part-00001.parquet.0123.tmp", "_job/.part-00001.json.45.tmp", "_job/.part-00002.json.6.tmp"]
+    for name in [*left, "_job/part-00002.lock"]:
+        (folder / name).write_bytes(b"left by a worker that was killed")
     again = run(job, devices=ONE)
     assert again.rows_now == sum([64, 64, 64, 64, 44][index] for index in lost)
     assert again.counts == summary.counts
     assert shards(folder) == before
-    (folder / ".part-00001.parquet.0123.tmp").unlink(missing_ok=True)
+    assert not [path for path in folder.rglob("*part-*") if path.suffix in (".tmp", ".lock")]
 
 
 def test_some_shards_may_be_asked_for(corpus, sentence_folder, finished, tmp_path):

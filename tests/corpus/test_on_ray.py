@@ -183,37 +183,41 @@ def test_a_shard_that_kills_every_actor_is_named_and_the_others_are_made(ray, jo
     deadly = odd(job, graves=str(tmp_path / "graves"), deadly=200)
     with pytest.raises(JobError, match="1 shards could not be made in 3 tries, the first of them number 12"):
         run_on_ray(deadly, actors=2)
-    assert len(list(job.folder.glob("*.parquet"))) == SHARDS - 1
+    assert num_shards(job) == SHARDS - 1
     assert run_on_ray(deadly, actors=1).is_done
     assert shards(job.folder) == shards(whole[0])
 
 
 @pytest.mark.slow
 def test_a_job_goes_on_after_its_driver_was_stopped_or_killed(ray, job, whole, tmp_path):
-    (tmp_path / "job").write_bytes(ray.cloudpickle.dumps(odd(job, pause=0.3)))
+    (tmp_path / "job").write_bytes(ray.cloudpickle.dumps(odd(job, pause=0.5)))
     command = [sys.executable, "-c", DRIVER, str(tmp_path / "job")]
 
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_for(job.folder / "part-00001.parquet", driver)
+    wait_for_shards(job, 2, driver)
     driver.terminate()
     printed, _ = driver.communicate()
-    there = len(list(job.folder.glob("*.parquet")))
+    there = num_shards(job)
     assert (driver.returncode, printed.split()) == (0, [str(there), str(16 * there)])
     assert 2 <= there < SHARDS - 4
     assert not [path for path in job.folder.rglob("part-*") if path.suffix in (".tmp", ".lock")]
 
     driver = subprocess.Popen(command)
-    wait_for(job.folder / f"part-{there + 1:05}.parquet", driver)
+    wait_for_shards(job, there + 1, driver)
     driver.kill()
     driver.wait()
-    assert len(list(job.folder.glob("*.parquet"))) < SHARDS
+    assert num_shards(job) < SHARDS
     summary = run_on_ray(job, actors=2)
     assert summary.is_done
     assert shards(job.folder) == shards(whole[0])
 
 
-def wait_for(path, process):
-    while not path.exists():
+def num_shards(job):
+    return len(list(job.folder.glob("*.parquet")))
+
+
+def wait_for_shards(job, number, process):
+    while num_shards(job) < number:
         assert process.poll() is None
         time.sleep(0.01)
 
