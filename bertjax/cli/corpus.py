@@ -11,11 +11,12 @@ from typing import Any
 
 import click
 
-#: Exit status of a job that was asked to end and did; run again, it goes on. It is EX_TEMPFAIL of sysexits.h.
-STOPPED = 75
+from bertjax.cli.common import refuse_options
 
-#: The parameters that only a job has, apart from `out`.
-JOB_OPTIONS = ("id", "keep", "format", "shard_rows", "on_bad", "engine")
+#: Exit status of a job that is not done: it was asked to end, or others are still at it. EX_TEMPFAIL of sysexits.h.
+NOT_DONE = 75
+
+_JOB_OPTIONS = ("id", "keep", "shard_rows", "on_bad", "engine")
 
 
 def job_options(command: Callable) -> Callable:
@@ -29,38 +30,51 @@ def job_options(command: Callable) -> Callable:
                      "and say why in DIR/_bad."),
         click.option("--shard-rows", type=click.IntRange(1), default=16384, show_default=True, metavar="N",
                      help="Rows of one file of the output."),
-        click.option("--format", type=click.Choice(["parquet", "npy"]), default="parquet", show_default=True,
-                     help="What to write: Parquet, or arrays of vectors alone."),
         click.option("--keep", multiple=True, metavar="COLUMN", help="Carry this column to the output. Repeatable."),
         click.option("--id", metavar="COLUMN", help="Carry this column to the output, in the place of row numbers."),
-        click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write to "
-                     "this folder, as a job that can be resumed."),
+        click.option("--out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", help="Write "
+                     "to this folder, as a job from files to files that can be resumed."),
     ):  # fmt: skip
         command = option(command)
     return command
 
 
-def run_job(
+def runs_as_job(
     inputs: Sequence[Path],
-    out: Path,
-    field: str | None,
-    work: Callable[[], Any],
-    *,
-    id: str | None,
-    engine: str,
-    **options: Any,
-) -> None:
-    """Runs a job to its end, or until a signal; says on standard error what it did.
+    text: Sequence[str] | None,
+    work: Callable[..., Any],
+    options: dict[str, Any],
+    only_jobs: Sequence[str] = (),
+) -> bool:
+    """Runs a command as a job, if it has --out, and says whether it did.
 
     Args:
         inputs: files, folders and patterns.
-        out: the folder to make.
-        field: the column that holds the text, or None for the only one.
-        work: makes the `bertjax.corpus.work.Work`.
-        id: the column that takes the place of the row number.
-        engine: "local" or "ray".
-        **options: of `bertjax.corpus.Job`.
+        text: the columns that hold the text, or None for the only one.
+        work: makes the `bertjax.corpus.work.Work`, of what is left of the options.
+        options: those of the command; the ones of jobs are taken out.
+        only_jobs: more options of `bertjax.corpus.Job`, which only this command has.
     """
+    job = {name: options.pop(name) for name in (*_JOB_OPTIONS, *only_jobs)}
+    out = options.pop("out")
+    if out is None:
+        refuse_options(*_JOB_OPTIONS, *only_jobs, because="goes with --out")
+        return False
+    refuse_options("given", "output", because="does not go with --out, which goes from files to a folder")
+    _run_job(inputs, out, text, lambda: work(**options), **job)
+    return True
+
+
+def _run_job(
+    inputs: Sequence[Path],
+    out: Path,
+    text: Sequence[str] | None,
+    work: Callable[[], Any],
+    *,
+    engine: str,
+    **options: Any,
+) -> None:
+    """Runs a job to its end, or until a signal; says on standard error what it did."""
     if not inputs or "-" in map(str, inputs):
         raise click.UsageError("--out takes files, folders or patterns, not standard input, which can't be resumed")
     from bertjax.corpus import Job, run
@@ -68,13 +82,17 @@ def run_job(
     if engine == "ray":
         from bertjax.corpus.on_ray import run_on_ray as run
 
-    job = Job(tuple(map(str, inputs)), str(out), work(), text=field and (field,), id=id, **options)
+    job = Job(tuple(map(str, inputs)), str(out), work(), text=text and tuple(text), **options)
     with _stopping() as stop:
         summary = run(job, stop=stop, show_progress_bar=None)
     _report(summary, out)
-    if stop.is_set() and not summary.is_done:
-        click.echo(f"stopped after {summary.shards} of {summary.num_shards} shards; the same command goes on", err=True)
-        sys.exit(STOPPED)
+    if not summary.is_done:
+        if stop.is_set():
+            what = f"stopped after {summary.shards} of {summary.num_shards} shards; the same command goes on"
+        else:
+            what = f"others are at work on {summary.num_shards - summary.shards} of {summary.num_shards} shards"
+        click.echo(f"{out}: {what}", err=True)
+        sys.exit(NOT_DONE)
 
 
 def _report(summary: Any, out: Path) -> None:
@@ -87,9 +105,6 @@ def _report(summary: Any, out: Path) -> None:
         f"{summary.compiles} shapes compiled",
         err=True,
     )
-    if not summary.is_done:
-        left = summary.num_shards - summary.shards
-        click.echo(f"{out}: {left} of {summary.num_shards} shards are not there yet", err=True)
 
 
 @contextlib.contextmanager

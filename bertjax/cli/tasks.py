@@ -23,8 +23,11 @@ from bertjax.cli.common import (
     refuse_options,
     report,
 )
+from bertjax.cli.corpus import job_options, runs_as_job
 
 _FILES = click.argument("files", nargs=-1, type=click.Path(allow_dash=True, path_type=Path))
+_COLUMN = click.option("-f", "--field", metavar="NAME", help="The column that holds the text; without --out, a field "
+                       "of JSON lines. Default with --out: the only column of texts.")  # fmt: skip
 _FIELD = click.option("-f", "--field", metavar="NAME", help="Read JSON lines, and take the text from this field.")
 _TEXT = click.option("-t", "--text", "given", multiple=True, metavar="TEXT", help="A text, instead of a file. "
                      "Repeatable.")  # fmt: skip
@@ -65,6 +68,11 @@ def _run(
                 _write(file, as_json(answer))
 
 
+def _columns(*names: str | None) -> list[str] | None:
+    """The columns that are named, or None."""
+    return [name for name in names if name is not None] or None
+
+
 def _write(file: BinaryIO, answer: Any) -> None:
     line = json.dumps(answer, default=dataclasses.asdict, ensure_ascii=False)
     file.write(line.encode() + b"\n")
@@ -101,7 +109,7 @@ def fill_mask(
 @click.command(cls=Command, short_help="Label texts, or pairs of texts.")
 @_task_options
 @_MAX_LENGTH
-@_FIELD
+@_COLUMN
 @click.option("--pair-field", metavar="NAME", help="With --field: the second text of a pair.")
 @_TEXT
 @click.option("--top-k", type=click.IntRange(0), default=1, show_default=True, metavar="N", help="How many labels, "
@@ -113,6 +121,7 @@ def fill_mask(
 @click.option("--hypothesis-template", default="This example is {}.", show_default=True, metavar="TEXT",
               help="With --candidate-label: what is claimed of a text, with {} for the label.")  # fmt: skip
 @click.option("--multi-label", is_flag=True, help="With --candidate-label: several labels may apply.")
+@job_options
 @_FILES
 def classify(
     model: str, output: Path | None, field: str | None, pair_field: str | None, given: tuple[str, ...],
@@ -122,30 +131,45 @@ def classify(
     """Labels texts, one a line of FILES, in order; with --field and --pair-field, pairs of texts.
 
     The answer to a text is a JSON line with label and score, a list of them unless --top-k is 1, or, with
-    --candidate-label, the labels with their scores.
+    --candidate-label, the labels with their scores. With --out, FILES may be Parquet, Arrow, JSON lines or CSV, too,
+    and the folder DIR gets a row for each of theirs, with columns label and score.
 
     \b
     bertjax classify -m MODEL reviews.txt
     bertjax classify -m MODEL --field premise --pair-field hypothesis pairs.jsonl
     bertjax classify -m NLI-MODEL -l sport -l politics news.txt
+    bertjax classify -m MODEL reviews/ --field body --id url --out labels
     """
-    check_sources(files, given, field)
-    check_output(output, ".jsonl")
     if pair_field is not None and (field is None or candidate_labels):
         raise click.UsageError("--pair-field goes with --field, and not with --candidate-label")
+    if candidate_labels and load_options["out"] is not None:
+        raise click.UsageError("--candidate-label does not go with --out")
+    if candidate_labels:
+        refuse_options("top_k", "function_to_apply", because="does not go with --candidate-label")
+    else:
+        refuse_options("multi_label", "hypothesis_template", because="goes with --candidate-label")
+
+    def work(**options: Any) -> Any:
+        from bertjax.corpus import Labels
+
+        settings = {"top_k": top_k or None, "function_to_apply": function_to_apply, "pair": pair_field is not None}
+        return Labels(model=model, **settings, **options)
+
+    if runs_as_job(files, _columns(field, pair_field), work, load_options):
+        return
+    check_sources(files, given, field)
+    check_output(output, ".jsonl")
     if given:
         inputs: Iterable[Any] = given
     else:
         inputs = read_texts(files, field) if pair_field is None else read_records(files, field, pair_field)
     if candidate_labels:
-        refuse_options("top_k", "function_to_apply", because="does not go with --candidate-label")
         from bertjax.tasks.zero_shot import ZeroShotClassification
 
         options = {"candidate_labels": candidate_labels, "hypothesis_template": hypothesis_template}
         task = ZeroShotClassification.from_pretrained(model, **load_options)
         _run(task, inputs, output, options | {"multi_label": multi_label})
         return
-    refuse_options("multi_label", "hypothesis_template", because="goes with --candidate-label")
     from bertjax.tasks.classification import TextClassification
 
     task = TextClassification.from_pretrained(model, **load_options)
@@ -155,7 +179,7 @@ def classify(
 @click.command(cls=Command, short_help="Find and label the entities in texts.")
 @_task_options
 @_MAX_LENGTH
-@_FIELD
+@_COLUMN
 @_TEXT
 @click.option("--aggregation-strategy", type=click.Choice(["none", "simple", "first", "average", "max"]),
               default="simple", show_default=True, help="How tokens become entities.")  # fmt: skip
@@ -163,6 +187,7 @@ def classify(
               help="A label that is no entity. Repeatable.")  # fmt: skip
 @click.option("--stride", type=click.IntRange(0), metavar="N", help="How many tokens the windows over a long text "
               "share.")  # fmt: skip
+@job_options
 @_FILES
 def tag(
     model: str, output: Path | None, field: str | None, given: tuple[str, ...], files: tuple[Path, ...],
@@ -171,19 +196,28 @@ def tag(
     """Finds and labels the entities in texts, one a line of FILES, in order.
 
     The answer to a text is a JSON line: a list of entities, whose start and end count characters of the text. Texts
-    longer than the model are read in windows, to their end.
+    longer than the model are read in windows, to their end. With --out, FILES may be Parquet, Arrow, JSON lines or CSV,
+    too, and the folder DIR gets a row for each of theirs, with the column entities.
 
     \b
     bertjax tag -m dslim/bert-base-NER -t "Ada Lovelace lived in London."
+    bertjax tag -m dslim/bert-base-NER news/ --field body --id url --out entities
     """
+    options = {"aggregation_strategy": aggregation_strategy, "ignore_labels": ignore_labels, "stride": stride}
+
+    def work(**load_options: Any) -> Any:
+        from bertjax.corpus import Entities
+
+        return Entities(model=model, **options, **load_options)
+
+    if runs_as_job(files, _columns(field), work, load_options):
+        return
     check_sources(files, given, field)
     check_output(output, ".jsonl")
     from bertjax.tasks.token_classification import TokenClassification
 
     task = TokenClassification.from_pretrained(model, **load_options)
-    texts = given or read_texts(files, field)
-    options = {"aggregation_strategy": aggregation_strategy, "ignore_labels": ignore_labels}
-    _run(task, texts, output, options | ({} if stride is None else {"stride": stride}))
+    _run(task, given or read_texts(files, field), output, options)
 
 
 @click.command(cls=Command, short_help="Find the answers to questions in documents.")
@@ -247,6 +281,7 @@ def answer(
               "that holds the passage.")  # fmt: skip
 @_TEXT
 @click.option("--top-k", type=click.IntRange(1), metavar="N", help="With --query: only the best N.")
+@job_options
 @_FILES
 def rank(
     model: str, output: Path | None, query: str | None, field: str | None, pair_field: str, given: tuple[str, ...],
@@ -255,18 +290,30 @@ def rank(
     """Scores how well passages answer a query, by reading both together.
 
     With --query, the passages come back best first, a JSON line each with its number, score and text. Without, each
-    pair's score is a line, in the order of the pairs.
+    pair's score is a line, in the order of the pairs. With --out, FILES may be Parquet, Arrow or CSV, too, and the
+    folder DIR gets a row for each of their pairs, with the column score.
 
     \b
     bertjax rank -m cross-encoder/ms-marco-TinyBERT-L2-v2 -q "capital of France" passages.txt --top-k 3
     bertjax rank -m MODEL pairs.jsonl -o scores.jsonl
+    bertjax rank -m MODEL pairs.parquet --field question --pair-field body --id id --out scores
     """
-    check_sources(files, given, field)
-    check_output(output, ".jsonl")
     if query is None:
         refuse_options("given", "top_k", because="goes with --query")
     else:
         refuse_options("pair_field", because="does not go with --query")
+    if query is not None and load_options["out"] is not None:
+        raise click.UsageError("--query does not go with --out, which scores the pairs of files and ranks nothing")
+
+    def work(**options: Any) -> Any:
+        from bertjax.corpus import PairScores
+
+        return PairScores(model=model, **options)
+
+    if runs_as_job(files, (field or "query", pair_field), work, load_options):
+        return
+    check_sources(files, given, field)
+    check_output(output, ".jsonl")
     from bertjax.tasks.rank import CrossEncoder
 
     task = CrossEncoder.from_pretrained(model, **load_options)
@@ -306,11 +353,12 @@ def next_sentence(
 @click.command(cls=Command, short_help="Turn texts into sparse vectors, with a SPLADE model.")
 @_task_options
 @_MAX_LENGTH
-@_FIELD
+@_COLUMN
 @_TEXT
 @click.option("--max-active-dims", type=click.IntRange(1), metavar="N", help="Keep only the N largest weights.")
 @click.option("--prompt", metavar="TEXT", help="Put this before every text; it wins over --prompt-name.")
 @click.option("--prompt-name", metavar="NAME", help="Put this one of the model's own prompts before every text.")
+@job_options
 @_FILES
 def sparse(
     model: str, output: Path | None, field: str | None, given: tuple[str, ...], files: tuple[Path, ...],
@@ -318,18 +366,29 @@ def sparse(
 ) -> None:  # fmt: skip
     """Turns texts into sparse vectors over the vocabulary, one text a line of FILES, in order.
 
-    The vector of a text is a JSON line with indices, tokens and values, the largest first.
+    The vector of a text is a JSON line with indices, tokens and values, the largest first. With --out, FILES may be
+    Parquet, Arrow, JSON lines or CSV, too, and the folder DIR gets a row for each of theirs, with columns indices and
+    values.
 
     \b
     bertjax sparse -m naver/splade-cocondenser-ensembledistil -t "BERT on JAX"
+    bertjax sparse -m MODEL corpus/ --field body --id url --out sparse
     """
+    options = {"max_active_dims": max_active_dims, "prompt": prompt, "prompt_name": prompt_name}
+
+    def work(**load_options: Any) -> Any:
+        from bertjax.corpus import SparseVectors
+
+        return SparseVectors(model=model, **options, **load_options)
+
+    if runs_as_job(files, _columns(field), work, load_options):
+        return
     check_sources(files, given, field)
     check_output(output, ".jsonl")
     from bertjax.tasks.sparse import SparseEncoder
 
     task = SparseEncoder.from_pretrained(model, **load_options)
     texts = given or read_texts(files, field)
-    options = {"max_active_dims": max_active_dims, "prompt": prompt, "prompt_name": prompt_name}
 
     def as_json(vector: Any) -> dict[str, Any]:
         order = np.argsort(-vector.values, kind="stable")

@@ -17,7 +17,7 @@ from bertjax.cli.common import (
     refuse_options,
     report,
 )
-from bertjax.cli.corpus import JOB_OPTIONS, job_options, run_job
+from bertjax.cli.corpus import job_options, runs_as_job
 
 
 @click.command(cls=Command, short_help="Turn texts into vectors.")
@@ -29,6 +29,8 @@ from bertjax.cli.corpus import JOB_OPTIONS, job_options, run_job
 @click.option("--vectors", type=click.Choice(["float32", "float16", "int8", "binary"]), default="float32",
               show_default=True, help="With --out: what vectors are stored as. int8 has 256 steps between the ends "
               "that a sample of the corpus has in each dimension; binary has eight dimensions in a byte.")  # fmt: skip
+@click.option("--format", type=click.Choice(["parquet", "npy"]), default="parquet", show_default=True, help="With "
+              "--out: what to write, Parquet, or arrays of vectors alone.")  # fmt: skip
 @job_options
 @click.option("--prompt", metavar="TEXT", help="Put this before every text; it wins over --prompt-name.")
 @click.option("--prompt-name", metavar="NAME", help="Put this one of the model's own prompts before every text.")
@@ -51,7 +53,6 @@ def embed(
     field: str | None,
     given: tuple[str, ...],
     vectors: str,
-    out: Path | None,
     prompt: str | None,
     prompt_name: str | None,
     pooling: tuple[str, ...],
@@ -80,21 +81,18 @@ def embed(
     bertjax embed -m MODEL -t "a text" -t "another"
     cat texts.txt | bertjax embed -m MODEL > vectors.jsonl
     """
-    job = {name: options.pop(name) for name in JOB_OPTIONS}
     settings = {"prompt": prompt, "prompt_name": prompt_name, "normalize_embeddings": normalize}
     settings["truncate_dim"] = truncate_dim
-    if out is not None:
-        refuse_options("given", because="does not go with --out, which takes files")
 
-        def work() -> Any:
-            from bertjax.corpus import SentenceVectors
+    def work(**options: Any) -> Any:
+        from bertjax.corpus import SentenceVectors
 
-            return SentenceVectors(model, vectors=vectors, pooling=pooling or None, **settings, **options)
+        return SentenceVectors(model, vectors=vectors, pooling=pooling or None, **settings, **options)
 
-        run_job(inputs, out, field, work, **job)
+    if runs_as_job(inputs, field and [field], work, options, only_jobs=["format"]):
         return
     # Everything that can be refused without loading a model is refused first.
-    refuse_options("vectors", *JOB_OPTIONS, because="goes with --out")
+    refuse_options("vectors", because="goes with --out")
     check_sources(inputs, given, field)
     from bertjax.embedder import SentenceEncoder
 

@@ -19,6 +19,18 @@ from bertjax.corpus.compute import TableComputer
 from bertjax.corpus.job import Job, Plan
 from bertjax.corpus.run import Summary, plan, run
 from bertjax.corpus.sentences import SentenceVectors
-from bertjax.corpus.tasks import Labels, SparseVectors
+from bertjax.corpus.tasks import Entities, Labels, PairScores, SparseVectors
 
-__all__ = ["Job", "Labels", "Plan", "SentenceVectors", "SparseVectors", "Summary", "TableComputer", "plan", "run"]
+__all__ = [
+    "Entities",
+    "Job",
+    "Labels",
+    "PairScores",
+    "Plan",
+    "SentenceVectors",
+    "SparseVectors",
+    "Summary",
+    "TableComputer",
+    "plan",
+    "run",
+]

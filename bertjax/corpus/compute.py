@@ -13,7 +13,7 @@ from bertjax.corpus.shapes import usual_shapes
 from bertjax.corpus.stages import WINDOW_STEPS
 from bertjax.corpus.steps import Runner, Step, pack_all
 from bertjax.corpus.tables import block_of, describe, is_text
-from bertjax.corpus.windows import EncodedBlock, encode_good, spread
+from bertjax.corpus.windows import EncodedBlock, encode_good, nothing, spread
 from bertjax.corpus.work import Work
 from bertjax.engine import Window
 from bertjax.errors import InputError
@@ -95,7 +95,7 @@ class TableComputer:
         rows = len(joined.block)
         finished = self._runner.finish(steps)
         if joined.encoded is None:
-            return [pa.nulls(rows, field.type) for field in self._computation.fields]
+            return [nothing(field.type, rows) for field in self._computation.fields]
         return spread(self._computation.columns(Window(joined.encoded, finished)), joined.good, rows)
 
 

@@ -238,6 +238,9 @@ def writing(target: Path) -> Iterator[None]:
 
 def _read(path: Path, shard: Path) -> dict[str, Any]:
     try:
-        return read_json(path, JobError)
+        found = read_json(path, JobError)
+        if set(found) == {"bytes", *(field.name for field in dataclasses.fields(Counts))}:
+            return found
+        raise JobError(f"{path}: does not say what is in {shard}; remove the shard to have it made again")
     except SourceError:
         raise JobError(f"{shard}: is there, and {path}, which says what is in it, is not; remove the shard") from None

@@ -64,9 +64,9 @@ def find_inputs(inputs: Sequence[str | Path], without: str | Path | None = None)
         SourceError: there is no such file, or nothing that matches.
         InputError: a file's name says no format, or a file is there twice.
     """
-    hidden = None if without is None else Path(os.path.abspath(without))
+    hidden = None if without is None else Path(os.path.realpath(without))
     paths = [Path(path) for each in inputs for path in _expand(str(each))]
-    paths = [path for path in paths if hidden is None or hidden not in path.parents]
+    paths = [path for path in paths if hidden is None or hidden not in Path(os.path.realpath(path)).parents]
     if not paths:
         raise SourceError(f"{', '.join(map(str, inputs)) or 'no inputs'}: no files to read")
     seen: set[Path] = set()
@@ -84,7 +84,10 @@ def look_at(path: Path) -> InputFile:
         known = ", ".join(SUFFIXES)
         raise InputError(f"{path}: its name says no format; expected one of {known} (of lines: .gz or .zst behind it)")
     try:
+        str(path).encode()
         status = path.stat()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(path)!r}: its name is no UTF-8; rename it") from None
     except OSError as problem:
         raise SourceError(f"{path}: can't be read ({problem.strerror})") from None
     return InputFile(str(path), found, status.st_size, status.st_mtime_ns)
@@ -109,6 +112,15 @@ def _expand(given: str) -> Iterator[str]:
 
 
 def _files_in(folder: str) -> Iterator[str]:
-    for parent, folders, names in os.walk(folder):
+    seen: set[str] = set()
+
+    def refuse(problem: OSError) -> None:
+        raise SourceError(f"{problem.filename}: can't be read ({problem.strerror})") from None
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
+        real = os.path.realpath(parent)
+        if real in seen:
+            raise InputError(f"{parent}: links to a folder that is among the inputs anyway ({real})")
+        seen.add(real)
         yield from (os.path.join(parent, name) for name in names if not name.startswith((".", "_")) and format_of(name))

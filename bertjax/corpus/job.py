@@ -3,6 +3,8 @@
 import base64
 import bisect
 import dataclasses
+import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +40,9 @@ class Job:
         format: "parquet", or "npy" for arrays of vectors and nothing beside them.
         shard_rows: rows of an output file.
         on_bad: what becomes of a row that has no text, is no UTF-8 or can't be parsed: "stop" stops the job with an
-            error, "skip" leaves its results null (NaN in .npy files of floats, zero in others) and says why in
-            `_bad/`. Not part of what a job is: one that stopped can go on with "skip".
+            error, "skip" leaves its results null (of vectors, each number; in .npy files they are NaN, or zero where
+            numbers are whole) and says why in `_bad/`. Not part of what a job is: one that stopped can go on with
+            "skip".
 
     Raises:
         InputError: something of this is not usable.
@@ -62,7 +65,7 @@ class Job:
         set_(self, "inputs", tuple(os.path.abspath(os.path.expanduser(each)) for each in inputs))
         set_(self, "out", os.path.abspath(os.path.expanduser(self.out)))
         set_(self, "text", (self.text,) if isinstance(self.text, str) else self.text and tuple(self.text))
-        set_(self, "keep", tuple(self.keep))
+        set_(self, "keep", (self.keep,) if isinstance(self.keep, str) else tuple(self.keep))
         check_choice("format", self.format, ["parquet", "npy"])
         check_choice("on_bad", self.on_bad, ["skip", "stop"])
         check_count("shard_rows", self.shard_rows)
@@ -108,10 +111,15 @@ class Plan:
     sample: dict[str, Any]
     calibration: Any = None
 
+    @functools.cached_property
+    def firsts(self) -> list[int]:
+        """The number of the first row of each file, and behind them how many rows there are."""
+        return [0, *itertools.accumulate(self.rows)]
+
     @property
     def num_rows(self) -> int:
         """The rows of all files."""
-        return sum(self.rows)
+        return self.firsts[-1]
 
     @property
     def num_shards(self) -> int:
@@ -129,11 +137,10 @@ class Plan:
 
     def pieces(self, rows: range) -> list[tuple[int, int, int]]:
         """Where rows are: for each file that has some, its index, the first row in it and the one after the last."""
-        firsts = [sum(self.rows[:index]) for index in range(len(self.rows))]
-        found = []
+        firsts, found = self.firsts, []
         at = rows.start
         while at < rows.stop:
-            index = bisect.bisect_right(firsts, at) - 1
+            index = bisect.bisect_right(self.firsts, at, hi=len(self.rows)) - 1
             stop = min(rows.stop, firsts[index] + self.rows[index])
             found.append((index, at - firsts[index], stop - firsts[index]))
             at = stop

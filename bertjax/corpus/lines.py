@@ -8,6 +8,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -85,7 +86,7 @@ class JsonLines:
     def _wider(self, schema: pa.Schema, records: list[dict[str, Any]]) -> pa.Schema:
         for place, field in enumerate(schema):
             try:
-                kind = pa.array([record.get(field.name) for record in records]).type
+                kind = pa.array([value for record in records if _is_storable(value := record.get(field.name))]).type
                 merged = pa.unify_schemas(
                     [pa.schema([field]), pa.schema([(field.name, kind)])], promote_options="permissive"
                 )
@@ -147,9 +148,9 @@ class CsvFile:
                     _check_fields(row, header, index, bad)
                 places = [header.index(name) for name in columns.text]
                 texts = [[None if i in bad else row[place] for i, row in enumerate(rows)] for place in places]
-                places = [header.index(name) for name in columns.kept.names]
+                places = [(header.index(field.name), field.type) for field in columns.kept]
                 kept = [
-                    pa.array([None if i in bad else row[p] for i, row in enumerate(rows)], "string") for p in places
+                    pa.array([None if i in bad else row[p] for i, row in enumerate(rows)], kind) for p, kind in places
                 ]
                 yield Block(as_items(texts, bad), tuple(kept), bad)
 
@@ -158,7 +159,7 @@ class CsvFile:
         csv.field_size_limit(_LONGEST)  # a setting of the whole process; it starts at 128 KiB, less than a long text
         with _open(self.path) as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            reader = csv.reader(text)
+            reader = csv.reader(text, strict=True)  # or a quote that is not closed takes the rest of the file
             try:
                 yield from (row for row in reader if row)
             except csv.Error as problem:
@@ -167,14 +168,14 @@ class CsvFile:
 
 def _open(path: str) -> io.BufferedReader:
     """The file's bytes, decompressed by the suffix of its name."""
-    return io.BufferedReader(pa.input_stream(path), _BUFFER)
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path)[1].lower())
+    return io.BufferedReader(pa.input_stream(path, compression=compression), _BUFFER)
 
 
 def _lines(path: str, start: int) -> Iterator[bytes]:
     """The lines from number `start` on, without what ends them."""
     with reading(path), _open(path) as file:
-        if file.peek(3)[:3] == codecs.BOM_UTF8:
-            file.read(3)
+        _skip_mark(file)
         for _ in itertools.islice(file, start):
             pass
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST), b""), start + 1):
@@ -184,9 +185,16 @@ def _lines(path: str, start: int) -> Iterator[bytes]:
             yield line.rstrip(b"\r\n")
 
 
+def _skip_mark(file: io.BufferedReader) -> None:
+    """Skips the byte order mark that some programs put in front of UTF-8."""
+    if file.peek(3)[:3] == codecs.BOM_UTF8:
+        file.read(3)
+
+
 def _count_lines(path: str) -> int:
     count, last = 0, b"\n"
     with reading(path), _open(path) as file:
+        _skip_mark(file)
         while data := file.read(_BUFFER):
             count += data.count(b"\n")
             last = data[-1:]
@@ -240,6 +248,15 @@ def _values(records: list[dict[str, Any] | None], field: pa.Field, bad: dict[int
             except UnicodeError:
                 bad[index], values[index] = f"field {field.name!r} is {reprlib.repr(value)}, which is no text", None
         return pa.array(values, field.type)
+
+
+def _is_storable(value: Any) -> bool:
+    """Whether no text in a value has half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def _check_fields(row: list[str], header: list[str], index: int, bad: dict[int, str]) -> None:

@@ -23,7 +23,10 @@ Rows that are in Ray Data need nothing of this; `map_batches` takes the class th
 
 import contextlib
 import dataclasses
+import os
+import re
 import signal
+import socket
 import textwrap
 import threading
 import time
@@ -48,6 +51,8 @@ _TRIES = 3
 # For how many seconds a shard is asked for that somebody else is making: workers live on a little when the driver that
 # started them is killed, and so do those of a host that Ray has lost.
 _PATIENCE = 30
+# Seconds in which a cluster has to answer.
+_CONNECT_SECONDS = 10
 # Seconds between looks at what goes on.
 _PAUSE = 1.0
 
@@ -113,6 +118,7 @@ def _cluster() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    _check_reachable(os.environ.get("RAY_ADDRESS", ""))
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False)
@@ -125,6 +131,17 @@ def _cluster() -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises `SourceError` where nobody answers, which Ray itself tells after many minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/]+)\]?:(\d+)", address)
+    if found is None:  # "auto", "local" or nothing
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as problem:
+        raise SourceError(f"Ray can't be reached at RAY_ADDRESS={address} ({problem})") from None
 
 
 def _hosts(ray: Any) -> list[dict[str, float]]:

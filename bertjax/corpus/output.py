@@ -8,8 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bertjax.errors import InputError
+
 # Rows of a row group: one is what a reader takes into memory at a time.
 _GROUP_ROWS = 8192
+
+
+def check_storable(schema: pa.Schema, format: str) -> None:
+    """Raises `InputError` for a column that can't be written, such as one of a type that Parquet does not have."""
+    for field in schema if format == "parquet" else ():
+        try:
+            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
+        except pa.ArrowException as problem:
+            raise InputError(f"column {field.name!r} ({field.type}) can't be written to Parquet: {problem}") from None
 
 
 class ShardFile(Protocol):
@@ -78,11 +89,9 @@ class NpyShard:
     def add(self, columns: Sequence[pa.Array]) -> None:
         """See `ShardFile`."""
         (vectors,) = columns
-        missing = np.nan if self._dtype.kind == "f" else 0
-        numbers = np.full((len(vectors), self._width), missing, self._dtype)
-        numbers[vectors.is_valid().to_numpy(zero_copy_only=False)] = (
-            vectors.flatten().to_numpy().reshape(-1, self._width)
-        )
+        found = vectors.flatten()
+        numbers = np.full(len(found), np.nan if self._dtype.kind == "f" else 0, self._dtype)
+        numbers[found.is_valid().to_numpy(zero_copy_only=False)] = found.drop_null().to_numpy()
         self._file.write(numbers.data)
 
     def close(self) -> None:

@@ -19,6 +19,8 @@ from bertjax.corpus.windows import encode_good
 from bertjax.corpus.work import Computation
 from bertjax.errors import InputError
 
+# Their names have five digits.
+_MOST_SHARDS = 100_000
 # The sample: places spread evenly over all rows, and how many rows are read at each.
 _PLACES = 32
 _ROWS_EACH = 128
@@ -49,6 +51,11 @@ def make_plan(job: Job, computation: Computation, devices: int) -> Plan:
         shapes=usual_shapes(computation.shapes, devices),
         sample={},
     )
+    if plan.num_shards > _MOST_SHARDS:
+        raise InputError(
+            f"{plan.num_rows:,} rows are {plan.num_shards:,} files of {job.shard_rows:,}, and the names of more than "
+            f"{_MOST_SHARDS:,} would not sort; raise shard_rows (--shard-rows)"
+        )
     return _with_sample(plan, computation, devices)
 
 
@@ -57,9 +64,10 @@ def _only_text_column(job: Job, sources: Sequence[Source]) -> tuple[str, ...]:
     left = [name for name in names if name not in job.carried]
     if job.work.text_columns == 1 and len(left) == 1:
         return (left[0],)
-    found = f"{len(left)} columns of texts ({', '.join(map(repr, left))})" if left else "no column of texts"
     need = "one" if job.work.text_columns == 1 else f"{job.work.text_columns}, in order"
-    raise InputError(f"{job.inputs[0]}: there are {found} to choose from; name {need} with text= (or --field)")
+    found = f"there are {len(left)} columns of texts ({', '.join(map(repr, left))}) to choose from; name {need}"
+    found = found if left else f"there is no column of texts; if it has one that is empty, name {need}"
+    raise InputError(f"{job.inputs[0]}: {found} with text= (or --field)")
 
 
 def _kept_schema(job: Job, sources: Sequence[Source], text: tuple[str, ...]) -> pa.Schema:
@@ -67,9 +75,16 @@ def _kept_schema(job: Job, sources: Sequence[Source], text: tuple[str, ...]) -> 
     for source in sources:
         _check_text(source, text)
     try:
-        return pa.unify_schemas([source.schema(job.carried) for source in sources], promote_options="permissive")
+        kept = pa.unify_schemas([source.schema(job.carried) for source in sources], promote_options="permissive")
     except pa.ArrowException as problem:
         raise InputError(f"the files differ in the types of the columns to keep: {problem}") from None
+    # Parquet has no null among lists of one size; see `windows.nothing`.
+    return pa.schema([_of_any_size(field) for field in kept])
+
+
+def _of_any_size(field: pa.Field) -> pa.Field:
+    is_fixed = pa.types.is_fixed_size_list(field.type)
+    return field.with_type(pa.list_(field.type.value_field)) if is_fixed else field
 
 
 def _check_text(source: Source, text: tuple[str, ...]) -> None:
@@ -110,4 +125,4 @@ def _sample(plan: Plan) -> Iterator[tuple[Block, int]]:
     edges = [place * plan.num_rows // max(1, places) for place in range(places + 1)]
     for first, following in itertools.pairwise(edges):
         for index, start, stop in plan.pieces(range(first, min(first + _ROWS_EACH, following))):
-            yield reader.read(index, start, stop), sum(plan.rows[:index]) + start
+            yield reader.read(index, start, stop), plan.firsts[index] + start

@@ -11,17 +11,18 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from bertjax.checks import as_integer
 from bertjax.corpus import manifest, stages
 from bertjax.corpus.folder import Claim, JobFolder, writing
 from bertjax.corpus.job import Job, Plan
-from bertjax.corpus.output import NpyShard, ParquetShard, ShardFile
+from bertjax.corpus.output import NpyShard, ParquetShard, ShardFile, check_storable
 from bertjax.corpus.planning import make_plan
 from bertjax.corpus.stages import Batch, Clock, Progress, ahead
 from bertjax.corpus.steps import Runner, Step
-from bertjax.corpus.windows import Counts, spread
+from bertjax.corpus.windows import Counts, nothing, spread
 from bertjax.corpus.work import Computation, Work
 from bertjax.engine import Window
-from bertjax.errors import ConfigError
+from bertjax.errors import ConfigError, InputError
 
 # How far a stage may be ahead of the next: enough that neither waits for the other, little enough for memory.
 _BLOCKS_AHEAD = 4
@@ -111,6 +112,9 @@ def run(
         planned = _planned(job, loader)
         folder = folder_of(job)
         wanted = range(planned.num_shards) if shards is None else list(shards)
+        for index in wanted:
+            if as_integer(index) is None or not 0 <= index < planned.num_shards:
+                raise InputError(f"shards has {index!r}, and the job has {planned.num_shards}, numbered from 0")
         missing = [index for index in wanted if not folder.is_done(index)]
         maker = _Maker(job, planned, folder, clock, stop or threading.Event())
         if missing:
@@ -149,7 +153,7 @@ def _planned(job: Job, loader: Loader) -> Plan:
         found = manifest.load(folder, job)
         if found is None:
             found = make_plan(job, loader.load(), len(loader.devices))
-            schema(job, found, loader.load())
+            check_storable(schema(job, found, loader.load()), job.format)
             manifest.save(folder, job, found)
     return found
 
@@ -252,7 +256,7 @@ class _Writer:
     def _columns(self, batch: Batch, window: Window | None) -> list[pa.Array]:
         rows = len(batch.encoded.block)
         if window is None:
-            made = [pa.nulls(rows, field.type) for field in self._computation.fields]
+            made = [nothing(field.type, rows) for field in self._computation.fields]
         else:
             made = spread(self._computation.columns(window), batch.encoded.good, rows)
         if self._maker.job.format == "npy":

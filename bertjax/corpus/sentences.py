@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from bertjax import hub, sentence
+from bertjax import sentence
 from bertjax.checks import check_choice
-from bertjax.corpus.work import Placement, digest_of_model
+from bertjax.corpus.work import FromPretrained, Placement
 from bertjax.embedder import SentenceEncoder
 from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError
@@ -25,20 +25,20 @@ from bertjax.sentence_files import read_spec
 VectorType = Literal["float32", "float16", "int8", "binary"]
 
 
-@dataclasses.dataclass(frozen=True)
-class SentenceVectors:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceVectors(FromPretrained):
     """A vector for each text.
 
     Args:
         model: a folder, or a repository on the Hub; see `SentenceEncoder.from_pretrained` for `pooling`,
-            `max_seq_length`, `dtype`, `tokenizer_normalizer`, `ignore`, `revision` and `local_files_only`.
+            `max_seq_length`, `dtype`, `tokenizer_normalizer`, `ignore`, `revision` and `local_files_only`. The only
+            one that needs no keyword.
         vectors: what numbers become: float32, float16, int8 (256 steps between the least and the greatest number
             that each dimension has in a sample of the corpus) or binary (which are above zero; eight in a byte): the
             "int8" and "ubinary" of sentence-transformers' `quantize_embeddings`.
         prompt, prompt_name, normalize_embeddings, truncate_dim: see `SentenceEncoder.encode`.
     """
 
-    model: str
     vectors: VectorType = "float32"
     prompt: str | None = None
     prompt_name: str | None = None
@@ -46,27 +46,18 @@ class SentenceVectors:
     truncate_dim: int | None = None
     pooling: tuple[str, ...] | None = None
     max_seq_length: int | None = None
-    dtype: str = "float32"
-    tokenizer_normalizer: str | None = None
-    ignore: tuple[str, ...] = ()
-    revision: str | None = None
-    local_files_only: bool = False
 
     text_columns = 1
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("vectors", self.vectors, list(PRECISIONS))
 
     def identity(self) -> dict[str, Any]:
         """See `Work`."""
-        folder = hub.resolve(self.model, revision=self.revision, local_files_only=self.local_files_only)
         names = ("vectors", "prompt", "prompt_name", "normalize_embeddings", "truncate_dim", "pooling")
-        names += ("max_seq_length", "dtype", "tokenizer_normalizer")
-        return {
-            "work": "sentence vectors",
-            "model": digest_of_model(folder, read_spec(folder, self.pooling).transformer),
-            **{name: getattr(self, name) for name in names},
-        }
+        transformer = read_spec(self.folder(), self.pooling).transformer
+        return self.identify("sentence vectors", transformer, *names, "max_seq_length")
 
     def load(self, devices: Sequence[jax.Device] | None = None) -> "LoadedVectors":
         """See `Work`."""
@@ -75,12 +66,7 @@ class SentenceVectors:
             self.model,
             pooling=self.pooling,
             max_seq_length=self.max_seq_length,
-            dtype=self.dtype,
-            tokenizer_normalizer=self.tokenizer_normalizer,
-            ignore=self.ignore,
-            revision=self.revision,
-            local_files_only=self.local_files_only,
-            sharding=placement.parameters,
+            **self.load_options(placement),
         )
         return LoadedVectors(encoder, self, placement)
 

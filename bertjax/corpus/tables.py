@@ -116,8 +116,18 @@ def block_of(batch: pa.RecordBatch, columns: Columns) -> Block:
     """The rows of a record batch, of which a row is bad where it has no text, or one that is not UTF-8."""
     bad: dict[int, str] = {}
     texts = [_texts(batch.column(name), name, bad) for name in columns.text]
-    kept = tuple(batch.column(field.name).cast(field.type) for field in columns.kept)
+    kept = tuple(_cast(batch.column(field.name), field) for field in columns.kept)
     return Block(as_items(texts, bad), kept, bad)
+
+
+def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
+    try:
+        return column.cast(field.type)
+    except pa.ArrowException as problem:
+        raise InputError(
+            f"column {field.name!r} is {column.type} in one file and {field.type} over all of them, which can't hold "
+            f"every value ({problem}); make the files alike, or don't keep the column"
+        ) from None
 
 
 def _texts(column: pa.Array, name: str, bad: dict[int, str]) -> list[str | None]:

@@ -7,17 +7,18 @@ from typing import Any, ClassVar
 import jax
 import pyarrow as pa
 
-from bertjax import hub
-from bertjax.corpus.work import Placement, digest_of_model
+from bertjax.corpus.work import FromPretrained, Placement
 from bertjax.engine import Encoded, Window
 from bertjax.packing import PackedBatch
 from bertjax.tasks.base import Task
 from bertjax.tasks.classification import TextClassification
+from bertjax.tasks.rank import CrossEncoder
 from bertjax.tasks.sparse import SparseEncoder
+from bertjax.tasks.token_classification import AggregationStrategy, TokenClassification
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskWork:
+class TaskWork(FromPretrained):
     """What a task answers to each text.
 
     Another task is added as a class of this kind: it names the task's class, the options of its call, and makes columns
@@ -27,13 +28,7 @@ class TaskWork:
         model: a folder, or a repository on the Hub; see `bertjax.pretrained_text.load_task` for the others.
     """
 
-    model: str
     max_length: int | None = None
-    dtype: str = "float32"
-    tokenizer_normalizer: str | None = None
-    ignore: tuple[str, ...] = ()
-    revision: str | None = None
-    local_files_only: bool = False
 
     #: The task's class.
     task: ClassVar[type[Task]]
@@ -41,39 +36,25 @@ class TaskWork:
     call: ClassVar[tuple[str, ...]] = ()
     text_columns: ClassVar[int] = 1
 
-    @property
-    def fields(self) -> list[pa.Field]:
-        """The columns of the answers."""
+    def fields(self, task: Task) -> list[pa.Field]:
+        """The columns of the answers that the loaded task gives."""
         raise NotImplementedError
 
-    def columns(self, answers: list[Any]) -> list[pa.Array]:
-        """Answers as columns."""
+    def values(self, answers: list[Any]) -> list[list[Any]]:
+        """For each column, the value of each answer."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
         """See `Work`."""
-        folder = hub.resolve(self.model, revision=self.revision, local_files_only=self.local_files_only)
-        names = ("max_length", "dtype", "tokenizer_normalizer", *self.call)
-        return {
-            "work": self.task.__name__,
-            "model": digest_of_model(folder, self.task.read_folder(folder).transformer),
-            **{name: getattr(self, name) for name in names},
-        }
+        transformer = self.task.read_folder(self.folder()).transformer
+        return self.identify(self.task.__name__, transformer, *self.call, "max_length")
 
     def load(self, devices: Sequence[jax.Device] | None = None) -> "LoadedTask":
         """See `Work`."""
         placement = Placement.on(devices)
-        task = self.task.from_pretrained(
-            self.model,
-            max_length=self.max_length,
-            dtype=self.dtype,
-            tokenizer_normalizer=self.tokenizer_normalizer,
-            ignore=self.ignore,
-            revision=self.revision,
-            local_files_only=self.local_files_only,
-            sharding=placement.parameters,
-        )
-        return LoadedTask(task, {name: getattr(self, name) for name in self.call}, self.fields, self.columns, placement)
+        task = self.task.from_pretrained(self.model, max_length=self.max_length, **self.load_options(placement))
+        options = {name: getattr(self, name) for name in self.call}
+        return LoadedTask(task, options, self.fields(task), self.values, placement)
 
 
 class LoadedTask:
@@ -84,11 +65,11 @@ class LoadedTask:
         task: Task,
         options: dict[str, Any],
         fields: list[pa.Field],
-        columns: Callable[[list[Any]], list[pa.Array]],
+        values: Callable[[list[Any]], list[list[Any]]],
         placement: Placement,
     ):
-        self._plan = task._plan(**options)
-        self._columns, self._placement = columns, placement
+        self._plan = task.plan(**options)
+        self._values, self._placement = values, placement
         self.fields = fields
         self.shapes = task.shapes
         self.hidden_size = task.model.config.hidden_size
@@ -104,7 +85,8 @@ class LoadedTask:
 
     def columns(self, window: Window) -> list[pa.Array]:
         """See `Computation`."""
-        return self._columns(self._plan.read(window))
+        values = self._values(self._plan.read(window))
+        return [pa.array(column, field.type) for column, field in zip(values, self.fields, strict=True)]
 
     def calibrate(self, windows: Iterable[Window]) -> None:
         """See `Computation`; nothing has to be known."""
@@ -137,19 +119,73 @@ class Labels(TaskWork):
         """How many columns of text are read."""
         return 2 if self.pair else 1
 
-    @property
-    def fields(self) -> list[pa.Field]:
+    def fields(self, task: Task) -> list[pa.Field]:
         """See `TaskWork`."""
         parts = [pa.field("label", pa.string()), pa.field("score", pa.float32())]
         return parts if self.top_k == 1 else [pa.field("labels", pa.list_(pa.struct(parts)))]
 
-    def columns(self, answers: list[Any]) -> list[pa.Array]:
+    def values(self, answers: list[Any]) -> list[list[Any]]:
         """See `TaskWork`."""
         if self.top_k == 1:
-            values = [[answer.label for answer in answers], [answer.score for answer in answers]]
-        else:
-            values = [[[dataclasses.asdict(label) for label in labels] for labels in answers]]
-        return [pa.array(column, field.type) for column, field in zip(values, self.fields, strict=True)]
+            return [[answer.label for answer in answers], [answer.score for answer in answers]]
+        return [[[dataclasses.asdict(label) for label in labels] for labels in answers]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entities(TaskWork):
+    """The entities in texts of any length, in the column `entities`: a list of structs, in the order of the text.
+
+    A struct has `entity_group` (or, of single tokens, `entity` and `index`), `score`, `word`, and `start` and `end`,
+    which count characters.
+
+    Args:
+        aggregation_strategy, ignore_labels, stride: see `TokenClassification`.
+    """
+
+    aggregation_strategy: AggregationStrategy = "simple"
+    ignore_labels: tuple[str, ...] = ("O",)
+    stride: int | None = None
+
+    task = TokenClassification
+    call = ("aggregation_strategy", "ignore_labels", "stride")
+
+    def fields(self, task: Task) -> list[pa.Field]:
+        """See `TaskWork`."""
+        of_tokens = self.aggregation_strategy == "none"
+        types = {"entity" if of_tokens else "entity_group": pa.string(), "score": pa.float32()}
+        types |= {"index": pa.int32()} if of_tokens else {}
+        types |= {"word": pa.string(), "start": pa.int32(), "end": pa.int32()}
+        return [pa.field("entities", pa.list_(pa.struct(list(types.items()))))]
+
+    def values(self, answers: list[Any]) -> list[list[Any]]:
+        """See `TaskWork`."""
+        return [[[dataclasses.asdict(entity) for entity in entities] for entities in answers]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairScores(TaskWork):
+    """How well the second text of each row answers the first; see `CrossEncoder`.
+
+    The column `score`; of a model of several labels, `scores`, a list in the order of its labels.
+
+    Args:
+        apply_softmax: see `CrossEncoder`.
+    """
+
+    apply_softmax: bool = False
+
+    task = CrossEncoder
+    call = ("apply_softmax",)
+    text_columns = 2
+
+    def fields(self, task: Task) -> list[pa.Field]:
+        """See `TaskWork`."""
+        labels = task.model.config.num_labels
+        return [pa.field("score", pa.float32()) if labels == 1 else pa.field("scores", pa.list_(pa.float32(), labels))]
+
+    def values(self, answers: list[Any]) -> list[list[Any]]:
+        """See `TaskWork`."""
+        return [answers]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,12 +203,10 @@ class SparseVectors(TaskWork):
     task = SparseEncoder
     call = ("max_active_dims", "prompt", "prompt_name")
 
-    @property
-    def fields(self) -> list[pa.Field]:
+    def fields(self, task: Task) -> list[pa.Field]:
         """See `TaskWork`."""
         return [pa.field("indices", pa.list_(pa.int32())), pa.field("values", pa.list_(pa.float32()))]
 
-    def columns(self, answers: list[Any]) -> list[pa.Array]:
+    def values(self, answers: list[Any]) -> list[list[Any]]:
         """See `TaskWork`."""
-        values = [[vector.indices for vector in answers], [vector.values for vector in answers]]
-        return [pa.array(column, field.type) for column, field in zip(values, self.fields, strict=True)]
+        return [[vector.indices for vector in answers], [vector.values for vector in answers]]

@@ -147,11 +147,31 @@ def _without_empty_rows(encoded: Encoded) -> tuple[Encoded | None, np.ndarray]:
 
 
 def spread(columns: list[pa.Array], good: np.ndarray, rows: int) -> list[pa.Array]:
-    """Columns with a value for each good row as columns with a value for each row, null for the others."""
+    """Columns with a value for each good row as columns with a value for each row, nothing for the others."""
     if len(good) == rows:
         return columns
     places = np.zeros(rows, np.int64)
     places[good] = np.arange(len(good))
     missing = np.ones(rows, bool)
     missing[good] = False
-    return [column.take(pa.array(places, mask=missing)) for column in columns]
+    return [_taken(column, places, missing) for column in columns]
+
+
+def _taken(column: pa.Array, places: np.ndarray, missing: np.ndarray) -> pa.Array:
+    if not pa.types.is_fixed_size_list(column.type):
+        return column.take(pa.array(places, mask=missing))
+    size = column.type.list_size
+    elements = (places[:, None] * size + np.arange(size)).reshape(-1)
+    return pa.FixedSizeListArray.from_arrays(
+        column.flatten().take(pa.array(elements, mask=missing.repeat(size))), type=column.type
+    )
+
+
+def nothing(kind: pa.DataType, rows: int) -> pa.Array:
+    """A column of rows without a value: null, or a vector whose numbers are, as Parquet has no vectors that are null.
+
+    pyarrow writes them, but in versions up to 25 can't read what it wrote, or refuses to write it.
+    """
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.nulls(rows, kind)
+    return pa.FixedSizeListArray.from_arrays(pa.nulls(rows * kind.list_size, kind.value_type), type=kind)

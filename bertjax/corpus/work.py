@@ -6,6 +6,7 @@ vectors (`bertjax.corpus.sentences`) are the first; whatever maps a text, or sev
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bertjax import hub
 from bertjax.convert.sources import open_weights
 from bertjax.engine import Encoded, Window
 from bertjax.packing import PackedBatch, Shapes
@@ -98,6 +100,49 @@ class Placement:
         divided = len(batch.input_ids) % len(self.devices) == 0
         where = NamedSharding(self._mesh, PartitionSpec("data") if divided else PartitionSpec())
         return dataclasses.replace(batch, **jax.device_put(batch.inputs(), where))
+
+
+@dataclasses.dataclass(frozen=True)
+class FromPretrained:
+    """The arguments of whatever loads a model, which all works have; see `bertjax.pretrained_text.load_task`.
+
+    Args:
+        model: a folder, or a repository on the Hub.
+        dtype, tokenizer_normalizer, ignore, revision, local_files_only: as everywhere.
+    """
+
+    model: str
+    _: dataclasses.KW_ONLY
+    dtype: str = "float32"
+    tokenizer_normalizer: str | None = None
+    ignore: tuple[str, ...] = ()
+    revision: str | None = None
+    local_files_only: bool = False
+
+    def __post_init__(self):
+        path = os.path.abspath(os.path.expanduser(self.model))
+        # Whoever works on it may have another working directory.
+        object.__setattr__(self, "model", path if os.path.exists(path) else os.fspath(self.model))
+
+    def folder(self) -> Path:
+        """The model's files. Raises `SourceError` if there are none."""
+        return hub.resolve(self.model, revision=self.revision, local_files_only=self.local_files_only)
+
+    def load_options(self, placement: Placement) -> dict[str, Any]:
+        """What to load the model with, apart from its name."""
+        names = ("dtype", "tokenizer_normalizer", "ignore", "revision", "local_files_only")
+        return {name: getattr(self, name) for name in names} | {"sharding": placement.parameters}
+
+    def identify(self, kind: str, transformer: Path, *names: str) -> dict[str, Any]:
+        """What tells this work from others: its kind, the model's files, and these fields.
+
+        Args:
+            kind: what the work is called.
+            transformer: the folder that holds the encoder.
+            names: the fields, apart from those that all works have.
+        """
+        fields = {name: getattr(self, name) for name in (*names, "dtype", "tokenizer_normalizer")}
+        return {"work": kind, "model": digest_of_model(self.folder(), transformer), **fields}
 
 
 def digest_of_model(folder: Path, transformer: Path) -> str:

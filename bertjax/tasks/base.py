@@ -144,7 +144,7 @@ class Task:
             inputs: a list, a generator or another iterable.
             **options: those of a call.
         """
-        plan = self._plan(**options)
+        plan = self.plan(**options)
         # A set has no order in which its answers could come.
         if isinstance(inputs, str | bytes | Mapping | Set) or not isinstance(inputs, Iterable):
             raise InputError(f"inputs is a {type(inputs).__name__}, expected a list or another iterable")
@@ -157,7 +157,7 @@ class Task:
                 positions=window.num_positions,
             )
 
-    def _plan(self, **options: Any) -> Plan:
+    def plan(self, **options: Any) -> Plan:
         """Checks the options of a call and says how to compute it."""
         raise NotImplementedError
 

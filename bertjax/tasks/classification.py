@@ -69,7 +69,8 @@ class TextClassification(Task):
         """
         return self._answer(inputs, show_progress_bar, top_k=top_k, function_to_apply=function_to_apply)
 
-    def _plan(self, *, top_k: int | None = 1, function_to_apply: Function | None = None) -> Plan:
+    def plan(self, *, top_k: int | None = 1, function_to_apply: Function | None = None) -> Plan:
+        """See `Task.plan`."""
         top_k = None if top_k is None else check_count("top_k", top_k)
         check_choice("function_to_apply", function_to_apply, [None, *_FUNCTIONS])
         config = self.model.config

@@ -90,7 +90,8 @@ class FillMask(Task):
         """
         return self._answer(inputs, show_progress_bar, top_k=top_k, targets=targets)
 
-    def _plan(self, *, top_k: int = 5, targets: str | Sequence[str] | None = None) -> Plan:
+    def plan(self, *, top_k: int = 5, targets: str | Sequence[str] | None = None) -> Plan:
+        """See `Task.plan`."""
         top_k = check_count("top_k", top_k)
         words = self.model.config.vocab_size
         if top_k > words:

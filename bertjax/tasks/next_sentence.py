@@ -34,7 +34,9 @@ class NextSentence(Task):
         """
         return self._answer(inputs, show_progress_bar)
 
-    def _plan(self) -> Plan:
+    def plan(self) -> Plan:
+        """See `Task.plan`."""
+
         def read(window: Window) -> list[float]:
             return softmax(window.per_row())[:, 0].tolist()
 

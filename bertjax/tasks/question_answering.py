@@ -133,7 +133,7 @@ class QuestionAnswering(Task):
             align_to_words=align_to_words,
         )
 
-    def _plan(
+    def plan(
         self,
         *,
         top_k: int = 1,
@@ -144,6 +144,7 @@ class QuestionAnswering(Task):
         handle_impossible_answer: bool = False,
         align_to_words: bool = True,
     ) -> Plan:
+        """See `Task.plan`."""
         check_choice("handle_impossible_answer", handle_impossible_answer, (True, False))
         check_choice("align_to_words", align_to_words, (True, False))
         choice = _Choice(

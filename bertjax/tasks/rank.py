@@ -141,7 +141,8 @@ class CrossEncoder(Task):
         order = sorted(range(len(documents)), key=lambda index: -scores[index])[:top_k]
         return [RankedDocument(index, scores[index], documents[index] if return_documents else None) for index in order]
 
-    def _plan(self, *, apply_softmax: bool = False) -> Plan:
+    def plan(self, *, apply_softmax: bool = False) -> Plan:
+        """See `Task.plan`."""
         check_choice("apply_softmax", apply_softmax, (True, False))
         single = self.model.config.num_labels == 1
         if apply_softmax and single:

@@ -137,9 +137,10 @@ class SparseEncoder(Task):
         words = map(self.tokenizer.id_to_token, vector.indices[order].tolist())
         return list(zip(words, vector.values[order].tolist(), strict=True))
 
-    def _plan(
+    def plan(
         self, *, max_active_dims: int | None = None, prompt_name: str | None = None, prompt: str | None = None
     ) -> Plan:
+        """See `Task.plan`."""
         if max_active_dims is not None:
             max_active_dims = check_count("max_active_dims", max_active_dims)
         prompt = choose_prompt(self.spec.prompts, self.spec.default_prompt_name, prompt_name, prompt)

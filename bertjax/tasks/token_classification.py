@@ -188,7 +188,7 @@ class TokenClassification(Task):
         labels = self._answer([inputs] if is_one else inputs, show_progress_bar, stride=stride, words=True)
         return labels[0] if is_one else labels
 
-    def _plan(
+    def plan(
         self,
         *,
         aggregation_strategy: AggregationStrategy = "none",
@@ -196,6 +196,7 @@ class TokenClassification(Task):
         stride: int | None = None,
         words: bool = False,
     ) -> Plan:
+        """See `Task.plan`."""
         check_choice("aggregation_strategy", aggregation_strategy, get_args(AggregationStrategy))
         if isinstance(ignore_labels, str) or not isinstance(ignore_labels, Collection):
             raise InputError(f"ignore_labels is {ignore_labels!r}, expected a list of labels")

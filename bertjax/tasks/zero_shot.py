@@ -95,13 +95,14 @@ class ZeroShotClassification(Task):
             multi_label=multi_label,
         )
 
-    def _plan(
+    def plan(
         self,
         *,
         candidate_labels: Sequence[str],
         hypothesis_template: str = "This example is {}.",
         multi_label: bool = False,
     ) -> Plan:
+        """See `Task.plan`."""
         check_choice("multi_label", multi_label, (True, False))
         labels = _check_labels(candidate_labels)
         check_text("hypothesis_template", hypothesis_template)

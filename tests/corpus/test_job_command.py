@@ -4,6 +4,7 @@ import os
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from conftest import DATA
 from corpora import ids, some_texts, write
 from test_cli import run
 
@@ -59,3 +60,50 @@ def test_arrays_and_bad_rows(sentence_folder, tmp_path, monkeypatch):
 def test_two_columns_of_texts_need_a_name(sentence_folder, inputs, tmp_path):
     result = run("embed", inputs, "-m", sentence_folder, "--out", tmp_path / "out", code=1)
     assert "2 columns of texts ('id', 'text') to choose from; name one with text= (or --field)" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs") / "a.jsonl"
+    rows = [{"n": index, "query": "the storm", "passage": text} for index, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("command", "model", "columns"),
+    [
+        ("classify --field passage --id n", "classification", ["n", "label", "score"]),
+        ("classify --field query --pair-field passage --top-k 0", "classification", ["row", "labels"]),
+        ("tag --field passage --stride 3", "token_classification", ["row", "entities"]),
+        ("rank --keep n", "rank", ["row", "n", "score"]),
+        ("sparse --field passage --max-active-dims 4", "fill_mask", ["row", "indices", "values"]),
+    ],
+)
+def test_tasks_make_folders_too(command, model, columns, pairs, cross_encoder_folder, tmp_path):
+    name, *options = command.split()
+    model = cross_encoder_folder if model == "rank" else DATA / "tasks" / model / "model"
+    result = run(name, pairs, "-m", model, *options, "--out", tmp_path / "out")
+    assert result.stderr.startswith("40 row(s), ")
+    table = pq.read_table(tmp_path / "out")
+    assert table.column_names == columns
+    assert table.num_rows == 40
+    assert not any(table[name].null_count for name in columns)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("classify --out out -t text", "--text does not go with --out"),
+        ("tag a.jsonl --out out -o b.jsonl", "--output does not go with --out"),
+        ("sparse a.jsonl --shard-rows 5", "--shard-rows goes with --out"),
+        ("classify a.jsonl --out out -l sport", "--candidate-label does not go with --out"),
+        ("rank a.jsonl --out out -q what", "--query does not go with --out"),
+        ("embed a.jsonl --format npy", "--format goes with --out"),
+        ("tag --out out", "--out takes files, folders or patterns, not standard input"),
+    ],
+)
+def test_options_that_have_no_effect_are_refused(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in run(*options.split(), "-m", tmp_path, code=2).stderr
+    assert not list(tmp_path.iterdir())

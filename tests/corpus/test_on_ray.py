@@ -131,6 +131,16 @@ def test_says_what_to_install(job, monkeypatch):
         run_on_ray(job, actors=0)
 
 
+def test_a_cluster_that_does_not_answer_is_named(job, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(SourceError, match=f"Ray can't be reached at RAY_ADDRESS={address} .*refused"):
+        run_on_ray(job)
+    assert not job.folder.exists()
+
+
 def test_actors_are_one_for_each_host_or_gpu():
     tpu, gpu, cpu = {"CPU": 8, "TPU": 4.0}, {"CPU": 8, "GPU": 8.0}, {"CPU": 8.0}
     assert _choose([cpu, tpu, tpu], None, None) == (2, {"TPU": 4})

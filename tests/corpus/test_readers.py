@@ -242,3 +242,55 @@ def test_gzip_members_one_after_another_are_all_read(tmp_path):
     assert all_rows(tmp_path / "a.txt.gz").items == ["a", "bc", "d"]
     packed(tmp_path / "b.txt.zst", b"a\nb\n")
     assert all_rows(tmp_path / "b.txt.zst").items == ["a", "b"]
+
+
+def test_a_mark_of_the_encoding_is_no_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf")
+    assert all_rows(tmp_path / "a.txt").items == []
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}')
+    assert all_rows(tmp_path / "b.jsonl").items == ["a"]
+
+
+def test_a_quote_that_is_not_closed_is_an_error(tmp_path):
+    (tmp_path / "a.csv").write_text('id,text\n1,"abc\n2,def\n3,ghi\n')
+    with pytest.raises(SourceError, match=r"a.csv:4: can't be read as CSV \(unexpected end of data\)"):
+        all_rows(tmp_path / "a.csv")
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"a cat\na dog\n"))
+    assert all_rows(tmp_path / "A.TXT.GZ").items == ["a cat", "a dog"]
+
+
+def test_a_name_that_is_no_utf8_is_refused(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    with open(path, "w") as file:
+        file.write("a")
+    with pytest.raises(InputError, match="its name is no UTF-8; rename it"):
+        find_inputs([str(tmp_path)])
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    for name in ("data", "else"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.txt", ["a cat"])
+    (tmp_path / "data" / "sub").symlink_to("../else")
+    assert len(find_inputs([tmp_path / "data"])) == 2
+    (tmp_path / "else" / "back").symlink_to("../data")
+    with pytest.raises(InputError, match="links to a folder that is among the inputs anyway"):
+        find_inputs([tmp_path / "data"])
+
+
+def test_the_output_is_no_input_by_whatever_name(tmp_path):
+    (tmp_path / "data" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data")
+    for name in ("data/a.txt", "data/out/b.txt"):
+        write(tmp_path / name, ["a cat"])
+    assert len(find_inputs([tmp_path / "data"], without=tmp_path / "link" / "out")) == 1
+
+
+def test_types_that_do_not_go_together_are_named(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "n": [2**53 + 1]}), tmp_path / "a.parquet")
+    columns = Columns(("text",), pa.schema([("n", pa.float64())]))
+    with pytest.raises(InputError, match="column 'n' is int64 in one file and double over all of them"):
+        all_rows(tmp_path / "a.parquet", columns)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import jax
@@ -7,8 +8,8 @@ import pytest
 from conftest import DATA
 from corpora import write
 
-from bertjax import SparseEncoder, TextClassification
-from bertjax.corpus import Job, Labels, SparseVectors, run
+from bertjax import CrossEncoder, SparseEncoder, TextClassification, TokenClassification
+from bertjax.corpus import Entities, Job, Labels, PairScores, SentenceVectors, SparseVectors, run
 
 ONE = jax.devices()[:1]
 CLASSIFIER, SPLADE = (str(DATA / "tasks" / name / "model") for name in ("classification", "fill_mask"))
@@ -67,3 +68,36 @@ def test_labels_on_eight_devices(texts, tmp_path):
     found = pq.read_table(tmp_path / "out")["label"].to_pylist()
     assert summary.counts.rows == len(found)
     assert found == [label.label for label in TextClassification.from_pretrained(CLASSIFIER)(TEXTS)]
+
+
+def test_entities(tmp_path):
+    model = str(DATA / "tasks" / "token_classification" / "model")
+    texts = [*TEXTS[:6], "Ada Lovelace met the storm in Paris. " * 30]  # the last one in windows
+    path, task = str(write(tmp_path / "a.jsonl", texts)), TokenClassification.from_pretrained(model)
+    for strategy in ("simple", "none"):
+        work = Entities(model=model, aggregation_strategy=strategy, ignore_labels=())
+        run(Job(path, str(tmp_path / strategy), work, text="text"), devices=ONE)
+        rows = pq.read_table(tmp_path / strategy)["entities"].to_pylist()
+        expected = task(texts, aggregation_strategy=strategy, ignore_labels=())
+        assert any(map(len, expected))
+        for row, entities in zip(rows, expected, strict=True):
+            for found, entity in zip(row, map(dataclasses.asdict, entities), strict=True):
+                assert abs(found.pop("score") - entity.pop("score")) < 1e-5
+                assert found == entity
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_scores_of_pairs(labels, cross_encoder_folder, tmp_path):
+    model = str(cross_encoder_folder) if labels == 1 else CLASSIFIER
+    pairs = [("who was it", "it was her"), ("sun", "")] * 10
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"q": query, "p": passage}) + "\n" for query, passage in pairs))
+    run(Job(str(path), str(tmp_path / "out"), PairScores(model=model), text=("q", "p")), devices=ONE)
+    found = pq.read_table(tmp_path / "out").columns[-1].to_pylist()
+    np.testing.assert_allclose(found, CrossEncoder.from_pretrained(model)(pairs), rtol=0, atol=1e-5)
+
+
+def test_a_model_in_a_folder_is_named_from_anywhere(monkeypatch):
+    monkeypatch.chdir(DATA / "tasks")
+    assert Labels(model="classification/model").model == CLASSIFIER
+    assert SentenceVectors("some/repository").model == "some/repository"

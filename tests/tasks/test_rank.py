@@ -8,9 +8,8 @@ import pytest
 from conftest import compiles
 from oracle import require
 from test_classification import EXPECTED, FOLDER, TOKENIZER
-from test_heads import random_heads
 
-from bertjax import convert_checkpoint, from_pretrained
+from bertjax import convert_checkpoint
 from bertjax.errors import ConfigError, InputError
 from bertjax.tasks.rank import CrossEncoder, RankedDocument
 
@@ -32,15 +31,8 @@ def change(folder, name, **fields):
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    """The folder of a model with one label."""
-    folder = tmp_path_factory.mktemp("single") / "model"
-    config = from_pretrained(FOLDER).config
-    config = type(config).from_hf(config.to_hf() | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}})
-    random_heads("BertForSequenceClassification", config).save_pretrained(folder)
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(FOLDER / name, folder)
-    return folder
+def single(cross_encoder_folder):
+    return cross_encoder_folder
 
 
 @pytest.fixture(scope="module")
