@@ -2,8 +2,10 @@
 
 import operator
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from bertjax.errors import InputError
 
@@ -28,6 +30,14 @@ def check_count(
         limit = "" if most is None else f" of at most {most}"
         raise error(f"{name} is {reprlib.repr(value)}, expected {expected}{limit}")
     return number
+
+
+def check_number(
+    name: str, value: Any, is_right: Callable[[float], bool], expected: str, error: type[Exception]
+) -> None:
+    """Raises `error` if an option is no number, or not one as expected."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not is_right(value):
+        raise error(f"{name} is {reprlib.repr(value)}, expected {expected}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any], error: type[Exception] = InputError) -> None:

@@ -145,7 +145,7 @@ class BertForSequenceClassification(TaskModel):
     - multi_label_classification: [batch, `config.num_labels`], from 0 to 1.
     - regression: finite numbers [batch, `config.num_labels`], or [batch] if there is one label.
 
-    The last two have no labels for segments.
+    With `max_segments` the last two have an axis for segments after the batch, and NaN for what is not scored.
     """
 
     heads = ("classifier",)
@@ -158,11 +158,9 @@ class BertForSequenceClassification(TaskModel):
         problem = problem_type(self.config, width, is_integer(labels))
         if problem == "single_label_classification":
             return {problem: check_labels("labels", labels, texts, width)}
-        if len(texts) > 1:
-            raise InputError(f"labels for segments are classes, and the problem is {problem}; leave out max_segments")
         multi_label = problem == "multi_label_classification"
         shape = texts if width == 1 and not multi_label else (*texts, width)
-        return {problem: check_targets("labels", labels, shape, probabilities=multi_label)}
+        return {problem: check_targets("labels", labels, shape, probabilities=multi_label, segments=len(texts) > 1)}
 
     def _read(self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None) -> LogitsOutput:
         logits = self._classify(encoded.pooler_output, dropout_key)

@@ -106,8 +106,12 @@ def check_labels(name: str, value: Any, shape: tuple[int, ...], classes: int) ->
     return _cast(labels, np.int32)
 
 
-def check_targets(name: str, value: Any, shape: tuple[int, ...], *, probabilities: bool) -> jax.Array | np.ndarray:
+def check_targets(
+    name: str, value: Any, shape: tuple[int, ...], *, probabilities: bool, segments: bool
+) -> jax.Array | np.ndarray:
     """Checks labels that are numbers, from 0 to 1 for `probabilities`, else any finite ones; returns float32.
+
+    Those of segments may be NaN, too, as rows have different numbers of segments.
 
     Raises:
         InputError: the shape, the dtype or a value is not usable; says which, and at which position.
@@ -116,6 +120,7 @@ def check_targets(name: str, value: Any, shape: tuple[int, ...], *, probabilitie
     if _has_values(array):
         host = np.asarray(array, np.float32)
         usable = (host >= 0) & (host <= 1) if probabilities else np.isfinite(host)
+        usable |= np.isnan(host) & segments
         _refuse_first(name, host, ~usable, "outside 0..1" if probabilities else "not finite")
     return _cast(array, np.float32)
 
@@ -163,7 +168,11 @@ def check_labelled_segments(name: str, labels: Any, segment_ids: Any) -> None:
         host = np.asarray(labels)
         numbers = np.arange(1, host.shape[1] + 1)
         present = (np.asarray(segment_ids)[:, None, :] == numbers[:, None]).any(-1)
-        _refuse_first(name, host, (host != IGNORED) & ~present, f"but the row has no such segment; set it to {IGNORED}")
+        numeric = np.issubdtype(host.dtype, np.floating)
+        scored = ~np.isnan(host) if numeric else host != IGNORED
+        present = present.reshape(*present.shape, *[1] * (host.ndim - 2))
+        none = "NaN" if numeric else IGNORED
+        _refuse_first(name, host, scored & ~present, f"but the row has no such segment; set it to {none}")
 
 
 def is_integer(value: Any) -> bool:

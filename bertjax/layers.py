@@ -18,9 +18,10 @@ from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bertjax.attention import Segments, attend, matmul_precision, relative_bias
+from bertjax.attention import Segments, attend, relative_bias
 from bertjax.config import BertConfig
 from bertjax.int8 import Int8Linear, dtype_of_attention, dtype_within, is_int8
+from bertjax.matmul import matmul
 
 DType = jax.typing.DTypeLike
 
@@ -92,9 +93,8 @@ def linear(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        precision=matmul_precision(dtype),
-        preferred_element_type=jnp.float32,
-        promote_dtype=_to_matmul_dtypes,
+        promote_dtype=_as_they_are,
+        dot_general=_products[jnp.dtype(dtype).name],
         kernel_init=_initializer(initializer_range),
         rngs=rngs,
     )
@@ -115,12 +115,24 @@ def _square(config: BertConfig, **options: Any) -> nnx.Linear | Int8Linear:
     return _dense(config.hidden_size, config.hidden_size, config, **options)
 
 
-def _to_matmul_dtypes(
+def _as_they_are(
     operands: tuple[jax.Array, jax.Array, jax.Array | None], *, dtype: DType
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """What a dense layer's input, kernel and bias are cast to: the bias is added to the float32 result."""
+    """A dense layer's input, kernel and bias: the product casts the first two, and has a float32 result."""
     x, kernel, bias = operands
-    return x.astype(dtype), kernel.astype(dtype), None if bias is None else bias.astype(jnp.float32)
+    return x, kernel, None if bias is None else bias.astype(jnp.float32)
+
+
+def _product(dtype: str) -> Callable[..., jax.Array]:
+    """What a dense layer calls to multiply; one function for each dtype, as models with other ones are not alike."""
+
+    def product(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+        return matmul(x, kernel, dtype)
+
+    return product
+
+
+_products = {dtype: _product(dtype) for dtype in ("float32", "bfloat16", "float16")}
 
 
 def layer_norm(config: BertConfig, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -389,12 +401,6 @@ class BertPredictionHead(nnx.Module):
         def part(x: jax.Array, axis: int) -> jax.Array:
             return x if size is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
-        x = states.astype(self.dtype)
-        # The part is taken before the cast, which would touch every row of the vocabulary.
-        if self.decoder is None:
-            kernel = part(words, 0).astype(self.dtype).T
-        else:
-            kernel = part(self.decoder.kernel[...], 1).astype(self.dtype)
-        options = {"precision": matmul_precision(self.dtype), "preferred_element_type": jnp.float32}
-        logits = jnp.matmul(x, kernel, **options)
-        return logits + part(self.bias[...], 0).astype(jnp.float32)
+        # The part is taken before it is cast, which would touch every row of the vocabulary.
+        kernel = part(words, 0).T if self.decoder is None else part(self.decoder.kernel[...], 1)
+        return matmul(states, kernel, self.dtype) + part(self.bias[...], 0).astype(jnp.float32)

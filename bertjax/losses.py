@@ -1,13 +1,15 @@
 """The losses that BERT's heads are trained with: pure functions of float32 logits, for `jit`, `grad` and `vmap`.
 
-Values are PyTorch's, each the mean over what is scored. A cross entropy that has nothing to average, or a label that no
-class has, is NaN, and its gradient is zero: the loss says so, and no parameter is spoilt.
+Values are PyTorch's, each the mean over what is scored. A loss that has nothing to average, or a cross entropy with a
+label that no class has, is NaN, and its gradient is zero: the loss says so, and no parameter is spoilt.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bertjax.config import BertConfig
 
@@ -41,17 +43,35 @@ def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
         logits: float32 of any shape.
-        labels: same shape, 0 to 1.
+        labels: same shape, 0 to 1, or NaN for what is not scored.
 
     Returns:
-        float32 [].
+        float32 []; NaN, with a zero gradient, if nothing is scored.
     """
-    return _optax().sigmoid_binary_cross_entropy(logits, labels.astype(jnp.float32)).mean()
+    return _mean_of_scored(_optax().sigmoid_binary_cross_entropy, logits, labels)
 
 
 def mean_squared_error(predictions: jax.Array, targets: jax.Array) -> jax.Array:
-    """The mean of (x - y)^2; float32 of any shape, and targets of the same, to float32 []."""
-    return _optax().squared_error(predictions, targets.astype(jnp.float32)).mean()
+    """The mean of (x - y)^2.
+
+    Args:
+        predictions: float32 of any shape.
+        targets: same shape; NaN for what is not scored.
+
+    Returns:
+        float32 []; NaN, with a zero gradient, if nothing is scored.
+    """
+    return _mean_of_scored(_optax().squared_error, predictions, targets)
+
+
+def _mean_of_scored(loss: Callable[..., jax.Array], predictions: jax.Array, targets: jax.Array) -> jax.Array:
+    targets = targets.astype(jnp.float32)
+    scored = ~jnp.isnan(targets)
+    # As above: what is not scored is left out before the loss.
+    losses = loss(jnp.where(scored, predictions, 0.0), jnp.where(scored, targets, 0.0))
+    count = scored.sum()
+    mean = jnp.sum(losses, where=scored) / jnp.maximum(count, 1).astype(jnp.float32)
+    return jnp.where(count > 0, mean, jnp.nan)
 
 
 def span_loss(
@@ -74,6 +94,46 @@ def span_loss(
         return cross_entropy(logits, jnp.where(inside, jnp.maximum(positions, 0), IGNORED))
 
     return (one(start_logits, start_positions) + one(end_logits, end_positions)) / 2
+
+
+def ranking_loss(queries: jax.Array, candidates: jax.Array, labels: jax.Array, scale: float = 20.0) -> jax.Array:
+    """The cross entropy of which candidate is a query's own, by their cosines.
+
+    The formula is that of Henderson et al. 2017 (arXiv:1705.00652, section 4.4); sentence-transformers calls it
+    MultipleNegativesRankingLoss. Every candidate of the batch is a negative of all queries but its own.
+
+    Args:
+        queries: float32 [queries, dim].
+        candidates: float32 [candidates, dim]. One of all zeros is padding, and nobody's candidate.
+        labels: int [queries], the index of each one's own candidate, or `IGNORED`.
+        scale: what cosines are multiplied by.
+
+    Returns:
+        float32 []; NaN, with a zero gradient, if no query is scored.
+    """
+    scores = scale * jnp.matmul(_unit(queries), _unit(candidates).T, precision=lax.Precision.HIGHEST)
+    # A finite number that no cosine comes near: an infinity would be NaN in the gradient of a row of padding.
+    scores = jnp.where((candidates != 0).any(-1), scores, -1e9)
+    return cross_entropy(scores, labels)
+
+
+def cosine_loss(first: jax.Array, second: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean of (cos(u, v) - y)^2 over pairs of vectors: sentence-transformers' CosineSimilarityLoss.
+
+    Args:
+        first: float32 [pairs, dim].
+        second: same shape.
+        targets: float32 [pairs], or NaN for what is not scored.
+
+    Returns:
+        float32 []; NaN, with a zero gradient, if nothing is scored.
+    """
+    return mean_squared_error((_unit(first) * _unit(second)).sum(-1), targets)
+
+
+def _unit(vectors: jax.Array) -> jax.Array:
+    """Vectors scaled to length 1; zero stays zero, and its gradient is finite."""
+    return vectors * lax.rsqrt(jnp.maximum(jnp.sum(vectors * vectors, axis=-1, keepdims=True), 1e-24))
 
 
 def problem_type(config: BertConfig, num_labels: int, integers: bool) -> str:

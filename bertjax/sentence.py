@@ -163,6 +163,7 @@ class SentenceModel(nnx.Module):
         *,
         prompt_length: Any = 0,
         max_segments: int | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Computes the vectors of a batch of token ids.
 
@@ -175,6 +176,7 @@ class SentenceModel(nnx.Module):
             prompt_length: how many leading tokens of every text are a prompt, [CLS] included; they are left out of
                 the pooling unless the model includes them.
             max_segments: with `segment_ids`: the highest segment id that gets a vector.
+            dropout_key: a JAX random key turns dropout on, for training; None, the default, leaves it off.
 
         Returns:
             float32 [batch, dim] or, with `segment_ids`, [batch, max_segments, dim].
@@ -188,7 +190,7 @@ class SentenceModel(nnx.Module):
         if max_segments is not None:
             _check_count("max_segments", max_segments, 1, int | np.integer)
         _check_count("prompt_length", prompt_length, 0, int | np.integer | np.ndarray | jax.Array)
-        return _compiled_vectors(self, inputs, prompt_length, max_segments)
+        return _compiled_vectors(self, inputs, prompt_length, max_segments, dropout_key)
 
     def __str__(self) -> str:
         return module_tree(self)
@@ -202,10 +204,14 @@ def _check_count(name: str, value: Any, least: int, kinds: Any) -> None:
 
 
 def vectors(
-    model: SentenceModel, inputs: dict[str, jax.Array | None], prompt_length: Any, max_segments: int | None
+    model: SentenceModel,
+    inputs: dict[str, jax.Array | None],
+    prompt_length: Any,
+    max_segments: int | None,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """The whole computation, on inputs that `check_inputs` returned; neither checked again nor compiled."""
-    hidden = encode(model.bert, inputs).last_hidden_state
+    hidden = encode(model.bert, inputs, dropout_key).last_hidden_state
     segments, mask = inputs["segment_ids"], inputs["attention_mask"]
     members = jnp.ones((hidden.shape[0], 1, hidden.shape[1]), bool)
     if segments is not None:

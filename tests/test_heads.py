@@ -449,7 +449,7 @@ SEGMENT_IDS = {"segment_ids": np.repeat([[1, 2, 0]], 3, axis=1).repeat(4, axis=0
         (
             "SequenceClassification",
             SEGMENT_IDS | {"labels": np.ones((4, 3)), "max_segments": 3},
-            "labels for segments are classes, and the problem is multi_label_classification",
+            r"labels has shape \(4, 3\), expected \(4, 3, 3\)",
         ),
         (
             "NextSentencePrediction",

@@ -22,7 +22,7 @@ def test_example(code, expected, minilm, tmp_path, monkeypatch):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
 
 
 def test_the_jax_example_is_short():

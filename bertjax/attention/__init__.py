@@ -10,7 +10,7 @@ import jax
 from bertjax.attention.choice import ATTENTION_OPTIONS, check_attention, choose_backend
 from bertjax.attention.relative import relative_bias
 from bertjax.attention.segments import Segments
-from bertjax.attention.xla import attend_xla, matmul_precision
+from bertjax.attention.xla import attend_xla
 from bertjax.errors import InputError
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "attend",
     "check_attention",
     "choose_backend",
-    "matmul_precision",
     "prepare",
     "relative_bias",
 ]

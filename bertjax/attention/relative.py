@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from bertjax.attention.xla import matmul_precision
+from bertjax.matmul import matmul
 
 
 def relative_bias(query: jax.Array, key: jax.Array, table: jax.Array, *, with_keys: bool) -> jax.Array:
@@ -50,9 +50,7 @@ def _by_distance(x: jax.Array, table: jax.Array) -> jax.Array:
     # One column more than there are distances, which makes the shift below a change of the row length alone.
     offsets = jnp.arange(2 * length) - length + 1
     rows = table[jnp.clip(offsets + positions - 1, 0, 2 * positions - 2)].astype(dtype)
-    products = jnp.matmul(
-        x.transpose(0, 2, 1, 3), rows.T, precision=matmul_precision(dtype), preferred_element_type=jnp.float32
-    )
+    products = matmul(x.transpose(0, 2, 1, 3), rows.T, dtype)
     # [i, j - i + length - 1] of lines 2 length long is [i, j + length - 1] of lines one shorter.
     flat = products.reshape(batch, heads, 2 * length * length)[..., length - 1 : length - 1 + length * (2 * length - 1)]
     return flat.reshape(batch, heads, length, 2 * length - 1)[..., :length]

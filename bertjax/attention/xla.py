@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bertjax.matmul import matmul
+
 
 def attend_xla(
     query: jax.Array,
@@ -18,14 +20,12 @@ def attend_xla(
 ) -> tuple[jax.Array, jax.Array | None]:
     """See `bertjax.attention.attend`; `mask` is what `Segments.dense_mask` returns."""
     dtype = query.dtype
-    precision = matmul_precision(dtype)
     # Keys are laid out [batch, heads, head_dim, keys]: XLA's fast CPU matmul wants a row-major right-hand side, and a
     # contraction over the last axis of both operands misses it.
     q = query.transpose(0, 2, 1, 3)
     k = key.transpose(0, 2, 3, 1)
     v = value.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores * (query.shape[-1] ** -0.5)
+    scores = matmul(q, k, dtype) * (query.shape[-1] ** -0.5)
     if bias is not None:
         scores = scores + bias
     if mask is not None:
@@ -42,8 +42,7 @@ def attend_xla(
 
 def _divided_after(weights: jax.Array, total: jax.Array, value: jax.Array) -> jax.Array:
     """weights value / total: the division touches head_dim numbers per query instead of one per key."""
-    options = {"precision": matmul_precision(value.dtype), "preferred_element_type": jnp.float32}
-    return jnp.matmul(weights.astype(value.dtype), value, **options) / total
+    return matmul(weights, value, value.dtype) / total
 
 
 def _divided_before(weights: jax.Array, total: jax.Array, value: jax.Array) -> jax.Array:
@@ -64,12 +63,3 @@ def _weighted(weights: jax.Array, total: jax.Array, value: jax.Array) -> jax.Arr
 @_weighted.defjvp
 def _weighted_jvp(primals, tangents):
     return jax.jvp(_divided_after, primals, tangents)
-
-
-def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
-    """Precision to ask of a matmul whose inputs have this dtype.
-
-    GPUs and TPUs multiply float32 in a shorter format by default; float32 here means float32, so the highest is asked
-    for. Shorter dtypes have one way to be multiplied, and None leaves it to the backend.
-    """
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None

@@ -1,0 +1,78 @@
+"""Products of matrices in a short dtype: accumulated in float32, forwards and backwards."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
+    """Precision to ask of a matmul whose inputs have this dtype.
+
+    GPUs and TPUs multiply float32 in a shorter format by default; float32 here means float32, so the highest is asked
+    for. Shorter dtypes have one way to be multiplied, and None leaves it to the backend.
+    """
+    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def matmul(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x y with both cast to `dtype`, and the result in float32.
+
+    In bfloat16 its derivatives are such products, too: what comes back is cast before it is multiplied, as in other
+    frameworks. By itself JAX would multiply it in float32, which takes several times as long. float16 has too short a
+    range for gradients, so there they are left in float32.
+
+    Args:
+        x: [..., m, k].
+        y: [k, n], or [..., k, n] with the same leading axes.
+        dtype: what is multiplied.
+
+    Returns:
+        float32 [..., m, n].
+    """
+    if jnp.dtype(dtype) == jnp.bfloat16:
+        return _short(*_alike(x, y))
+    return _product(x.astype(dtype), y.astype(dtype), matmul_precision(dtype))
+
+
+def _product(x: jax.Array, y: jax.Array, precision: lax.Precision | None = None) -> jax.Array:
+    options = {"precision": precision, "preferred_element_type": jnp.float32}
+    if y.ndim == 2:
+        return lax.dot_general(x, y, (((x.ndim - 1,), (0,)), ((), ())), **options)
+    return jnp.matmul(x, y, **options)
+
+
+def _alike(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both, different along the same axes of a `shard_map`'s mesh: there a gradient is summed by what made them so."""
+    varying = [jax.typeof(each).manual_axis_type.varying for each in (x, y)]
+    return tuple(
+        lax.pcast(each, tuple(missing), to="varying") if (missing := frozenset().union(*varying) - axes) else each
+        for each, axes in zip((x, y), varying, strict=True)
+    )
+
+
+@jax.custom_vjp
+def _short(x: jax.Array, y: jax.Array) -> jax.Array:
+    return _product(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
+
+
+def _forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+    short = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    # An array of no size says what dtype the gradient has.
+    return _product(*short), (*short, jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype))
+
+
+def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, y, of_x, of_y = kept
+    gradient = gradient.astype(jnp.bfloat16)
+    if y.ndim == 2:
+        # One product over all rows, whatever axes they are in.
+        rows = (tuple(range(x.ndim - 1)),) * 2
+        by_y = lax.dot_general(x, gradient, (rows, ((), ())), preferred_element_type=jnp.float32)
+    else:
+        by_y = _product(x.swapaxes(-1, -2), gradient)
+    return _product(gradient, y.swapaxes(-1, -2)).astype(of_x.dtype), by_y.astype(of_y.dtype)
+
+
+_short.defvjp(_forward, _backward)
