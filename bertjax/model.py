@@ -336,7 +336,8 @@ def functional(model: nnx.Module) -> tuple[Any, dict]:
     Returns:
         `apply` and `params`: `apply(params, *args, **kwargs)` computes `model(*args, **kwargs)`, an array for a
         `SentenceModel`, a `BertOutput` for a `BertModel`, and what its class says for a model with heads. It has no
-        side effects and composes with `jit`, `grad`, `vmap` (over an axis in front of the batch) and `shard_map`;
+        side effects and composes with `jit`, `grad`, `vmap` (over an axis in front of the batch) and `shard_map`; in
+        bfloat16 not with forward-mode derivatives (`jvp`), see `bertjax.matmul`;
         `params` is a nested dict of arrays.
 
     Raises:
