@@ -9,6 +9,7 @@ from corpora import ids, some_texts, write
 from test_cli import run
 
 from bertjax import SentenceEncoder
+from bertjax.corpus.folder import JobFolder
 
 TEXTS = some_texts(40)
 
@@ -107,3 +108,25 @@ def test_options_that_have_no_effect_are_refused(options, message, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert message in run(*options.split(), "-m", tmp_path, code=2).stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_worker_that_finds_nothing_left_to_take_says_that_others_are_at_it(sentence_folder, inputs, tmp_path):
+    options = [
+        "embed",
+        inputs,
+        "-m",
+        sentence_folder,
+        "--field",
+        "text",
+        "--shard-rows",
+        "15",
+        "--out",
+        tmp_path / "out",
+    ]
+    run(*options)
+    (tmp_path / "out" / "part-00001.parquet").unlink()
+    claim = JobFolder(tmp_path / "out", ".parquet").claim(1)
+    result = run(*options, code=75)
+    assert result.stderr.splitlines()[-1] == f"{tmp_path / 'out'}: others are at work on 1 of 3 shards"
+    claim.release()
+    assert "40 row(s), " in run(*options).stderr

@@ -129,7 +129,7 @@ def test_a_job_that_is_terminated_finishes_the_shard_in_hand(start, whole, tmp_p
     assert "finishing the shard in hand" in errors
     there = len(list(out.glob("*.parquet")))
     assert 3 <= there < SHARDS
-    assert errors.splitlines()[-1] == f"stopped after {there} of {SHARDS} shards; the same command goes on"
+    assert errors.splitlines()[-1] == f"{out}: stopped after {there} of {SHARDS} shards; the same command goes on"
     assert not [path for path in out.rglob("*") if path.suffix in (".tmp", ".lock")]
     assert f"{ROWS:,} row(s), " in finish(start(out))
     assert shards(out) == shards(whole)
