@@ -25,6 +25,8 @@ from benchmarks import timing, workloads
 
 _WORDS = [f"word{index}" for index in range(2000)]
 _EVERY_SECONDS = 0.2
+# Texts of the part that is not measured.
+_FIRST = 500
 _COLUMN = "text"
 
 
@@ -187,6 +189,7 @@ def rate(model: Path, texts: Path | None, rows: int, rounds: int, dtype: str, na
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         distinct = write_texts(folder / "texts.parquet", texts, rows)
+        write_texts(folder / "first.parquet", texts, _FIRST)
         turns = take_turns(folder, model, rounds, dtype)
     command = f"python -m benchmarks.corpus rate MODEL --rows {rows} --rounds {rounds} --dtype {dtype}"
     found = {"machine": timing.machine(), "command": command, "model": timing.model_name(model), "dtype": dtype}
@@ -208,13 +211,13 @@ def take_turns(folder: Path, model: Path, rounds: int, dtype: str) -> dict[str, 
     """Runs a job and encodes in memory in turn, after a first part of each that is not measured."""
     workers = {kind: timing.Worker("benchmarks.corpus", "--work") for kind in ("job", "encode")}
     options = {"inputs": str(folder / "texts.parquet"), "model": str(model), "dtype": dtype}
-    job = {"do": "job", "out": str(folder / "out"), "carried": None, **options}
+    job = {"do": "job", "out": str(folder / "out"), "carried": None, "shards": None, **options}
     in_memory = {"do": "encode", "out": str(folder / "vectors.npy"), **options}
-    workers["job"].ask(**job, shards=[0])
-    workers["encode"].ask(**in_memory, rows=500)
+    workers["job"].ask(**job | {"inputs": str(folder / "first.parquet")})
+    workers["encode"].ask(**in_memory, rows=_FIRST)
     turns: dict[str, list[Any]] = {"job": [], "encode": []}
     for number in range(rounds):
-        turns["job"].append(workers["job"].ask(**job, shards=None))
+        turns["job"].append(workers["job"].ask(**job))
         turns["encode"].append(workers["encode"].ask(**in_memory, rows=None))
         if number == 0:
             difference = largest_difference(folder / "out", folder / "vectors.npy")
