@@ -4,8 +4,10 @@ import codecs
 import contextlib
 import errno
 import json
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +21,8 @@ from tqdm import tqdm
 from bertjax.atomic import atomic_file
 from bertjax.errors import BertjaxError, InputError, SourceError
 
+#: Exit status of a job that is not done: it was asked to end, or others are still at it. EX_TEMPFAIL of sysexits.h.
+NOT_DONE = 75
 MODEL_HELP = "A folder with a model's files, or a repository on the Hugging Face Hub."
 
 
@@ -202,3 +206,27 @@ def report(windows: Iterable[Any], count: Callable[[Any], int]) -> Iterator[Any]
             positions += window.positions
     fill = f"{tokens / positions:.1%} fill" if positions else "no positions"
     click.echo(f"{texts:,} text(s), {tokens:,} tokens, {fill}, {truncated:,} truncated", err=True)
+
+
+@contextlib.contextmanager
+def stopping(doing: str) -> Iterator[threading.Event]:
+    """An event that SIGTERM, SIGINT or SIGHUP sets; the second one ends the process.
+
+    Args:
+        doing: what is still done after the first, for the message.
+    """
+    stop = threading.Event()
+
+    def handle(number: int, _: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # threads are at work that can't be interrupted
+        stop.set()
+        # Not by click: what was interrupted may be in the middle of writing to the same stream.
+        os.write(2, f"\n{doing}; once more to end at once\n".encode())
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

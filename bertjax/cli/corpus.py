@@ -1,20 +1,13 @@
 """Jobs over a corpus: the options, signals, and what is said at the end."""
 
-import contextlib
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bertjax.cli.common import refuse_options
-
-#: Exit status of a job that is not done: it was asked to end, or others are still at it. EX_TEMPFAIL of sysexits.h.
-NOT_DONE = 75
+from bertjax.cli.common import NOT_DONE, refuse_options, stopping
 
 _JOB_OPTIONS = ("id", "keep", "shard_rows", "on_bad", "engine")
 
@@ -83,7 +76,7 @@ def _run_job(
         from bertjax.corpus.on_ray import run_on_ray as run
 
     job = Job(tuple(map(str, inputs)), str(out), work(), text=text and tuple(text), **options)
-    with _stopping() as stop:
+    with stopping("finishing the shard in hand") as stop:
         summary = run(job, stop=stop, show_progress_bar=None)
     _report(summary, out)
     if not summary.is_done:
@@ -105,23 +98,3 @@ def _report(summary: Any, out: Path) -> None:
         f"{summary.compiles} shapes compiled",
         err=True,
     )
-
-
-@contextlib.contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGINT or SIGHUP sets; the second one ends the process."""
-    stop = threading.Event()
-
-    def handle(number: int, _: Any) -> None:
-        if stop.is_set():
-            os._exit(128 + number)  # threads are at work that can't be interrupted
-        stop.set()
-        # Not by click: what was interrupted may be in the middle of writing to the same stream.
-        os.write(2, b"\nfinishing the shard in hand; once more to end at once\n")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -53,7 +53,7 @@ class TextFile:
             bad: dict[int, str] = {}
             texts = [_decode(line, index, bad) for index, line in enumerate(lines)]
             kept = tuple(pa.array(texts, field.type) for field in columns.kept)
-            yield Block(as_items([texts] * len(columns.text), bad), kept, bad)
+            yield Block(as_items([texts] * len(columns.text), len(lines), bad), kept, bad)
 
 
 class JsonLines:
@@ -109,7 +109,7 @@ class JsonLines:
             records = [_record(line, index, bad) for index, line in enumerate(lines)]
             texts = [[_text(record, name, index, bad) for index, record in enumerate(records)] for name in columns.text]
             kept = tuple(_values(records, field, bad) for field in columns.kept)
-            yield Block(as_items(texts, bad), kept, bad)
+            yield Block(as_items(texts, len(lines), bad), kept, bad)
 
 
 class CsvFile:
@@ -152,7 +152,7 @@ class CsvFile:
                 kept = [
                     pa.array([None if i in bad else row[p] for i, row in enumerate(rows)], kind) for p, kind in places
                 ]
-                yield Block(as_items(texts, bad), tuple(kept), bad)
+                yield Block(as_items(texts, len(rows), bad), tuple(kept), bad)
 
     def _records(self) -> Iterator[list[str]]:
         """The header and the rows. A byte that is no UTF-8 is half of a surrogate pair, and found by that."""

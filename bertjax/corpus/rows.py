@@ -96,9 +96,11 @@ def reading(path: str) -> Iterator[None]:
         raise SourceError(f"{path}: can't be read ({why}); is it whole?") from None
 
 
-def as_items(columns: Sequence[list[Any]], bad: dict[int, str]) -> list[Any]:
-    """The items of a block, of its columns of texts; a row that is bad has none."""
-    items: list[Any] = list(columns[0]) if len(columns) == 1 else list(zip(*columns, strict=True))
+def as_items(columns: Sequence[list[Any]], count: int, bad: dict[int, str]) -> list[Any]:
+    """The items of a block of `count` rows, of its columns of texts, if any; a row that is bad has none."""
+    # Rows without a column of texts have nothing for an item.
+    several = list(zip(*columns, strict=True)) or [()] * count
+    items: list[Any] = list(columns[0]) if len(columns) == 1 else several
     for index in bad:
         items[index] = None
     return items

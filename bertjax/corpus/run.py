@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from bertjax.background import ahead
 from bertjax.checks import as_integer
 from bertjax.corpus import manifest, stages
 from bertjax.corpus.folder import Claim, JobFolder, writing
 from bertjax.corpus.job import Job, Plan
 from bertjax.corpus.output import NpyShard, ParquetShard, ShardFile, check_storable
 from bertjax.corpus.planning import make_plan
-from bertjax.corpus.stages import Batch, Clock, Progress, ahead
+from bertjax.corpus.stages import Batch, Clock, Progress
 from bertjax.corpus.steps import Runner, Step
 from bertjax.corpus.windows import Counts, nothing, spread
 from bertjax.corpus.work import Computation, Work

@@ -117,7 +117,7 @@ def block_of(batch: pa.RecordBatch, columns: Columns) -> Block:
     bad: dict[int, str] = {}
     texts = [_texts(batch.column(name), name, bad) for name in columns.text]
     kept = tuple(_cast(batch.column(field.name), field) for field in columns.kept)
-    return Block(as_items(texts, bad), kept, bad)
+    return Block(as_items(texts, batch.num_rows, bad), kept, bad)
 
 
 def _cast(column: pa.Array, field: pa.Field) -> pa.Array:
