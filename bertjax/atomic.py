@@ -13,7 +13,7 @@ from bertjax.errors import SourceError
 
 # What a model's folder may hold, beside folders.
 _FILES = re.compile(
-    r"(bert_|sentence_[\w-]+_)?config\.json|config_sentence_transformers\.json"
+    r"(bert_|adapter_|sentence_[\w-]+_)?config\.json|config_sentence_transformers\.json"
     r"|bertjax_layout\.json|.*\.(safetensors|bin|msgpack|index\.json)|modules\.json"
     r"|tokenizer.*\.json|special_tokens_map\.json|added_tokens\.json|vocab\.txt|README\.md|LICENSE.*|\.gitattributes"
 )
@@ -113,7 +113,7 @@ def _remove(folder: Path) -> None:
 
 
 def _check_replaceable(target: Path, force: bool) -> None:
-    """Refuses to replace what is not an earlier model: config.json, weights, and nothing that no model has."""
+    """Refuses to replace what is no earlier model or adapter: a configuration, weights, and nothing that none has."""
     if not target.exists():
         return
     if not target.is_dir():
@@ -127,7 +127,8 @@ def _check_replaceable(target: Path, force: bool) -> None:
         )
     strange = sorted(path.name for path in entries if not _is_of_model(path))
     weights = any(path.name == _ORBAX or path.suffix in (".safetensors", ".bin", ".msgpack") for path in entries)
-    if strange or not weights or not (target / "config.json").exists():
+    configured = any((target / name).exists() for name in ("config.json", "adapter_config.json"))
+    if strange or not weights or not configured:
         shown = ", ".join(strange[:_MAX_SHOWN]) + (", ..." if len(strange) > _MAX_SHOWN else "")
         found = f"it holds {shown}" if strange else "it has no config.json beside weights"
         raise SourceError(f"{target}: is not just a model's folder ({found}) and will not be replaced; remove it first")

@@ -176,7 +176,8 @@ def save_pretrained(
 
     Raises:
         SourceError: the folder exists already, or can't be written.
-        CheckpointError: a parameter is NaN or infinite, or does not fit in `dtype`; or the model computes in int8.
+        CheckpointError: a parameter is NaN or infinite, or does not fit in `dtype`; or the model computes in int8, or
+            has adapters.
     """
     with atomic_folder(folder, force=force) as temporary:
         write_model(model, temporary, tokenizer, dtype, layout or model.layout, max_shard_size)
@@ -196,6 +197,11 @@ def write_model(
         raise CheckpointError(
             "a model in int8 does not have the weights that it was loaded from, and is not saved; copy or convert the "
             "original checkpoint, or load it with another dtype"
+        )
+    if any(path[-1] in ("lora_a", "lora_b") for path in arrays):
+        raise CheckpointError(
+            "a model with adapters is not saved as a whole; merge them first (bertjax.training.merge_lora), or write "
+            "them alone (bertjax.training.save_adapter)"
         )
     tree = {path: to_dtype(path, np.asarray(array), dtype) for path, array in arrays.items()}
     tensors = bert.tensors_of(bert.slots_of({path: array.shape for path, array in tree.items()}), tree)

@@ -39,8 +39,11 @@ def axes_of(names: Sequence[str], ndim: int) -> tuple[str | None, ...]:
     """
     parent, leaf = (names[-2] if len(names) > 1 else ""), names[-1] if names else ""
     kernel = _OUTPUTS.get(names[-3]) if parent == "output" and len(names) > 2 else _DENSE.get(parent)
+    into, out = kernel or ("embed", None)
     axes: tuple[str | None, ...] = {
-        "kernel": kernel or ("embed", None),
+        "kernel": (into, out),
+        "lora_a": (into, None),
+        "lora_b": (None, out),
         "bias": (kernel[-1],) if kernel else ("vocab" if parent == "predictions" else "embed",),
         "scale": ("embed",),
         "embedding": ("vocab", "embed"),

@@ -17,6 +17,7 @@ from flax import nnx
 from bertjax.checks import as_integer, check_choice, check_count, check_number
 from bertjax.errors import ConfigError
 from bertjax.model import functional
+from bertjax.training.lora import has_adapters, learns_with_adapters
 
 Schedule = Literal["linear", "cosine", "constant"]
 Path = tuple[str, ...]
@@ -30,6 +31,8 @@ _NOT_DECAYED = ("bias", "scale")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) and what is usually done around it.
+
+    Of a model with adapters, these learn and the heads of `lora.HEADS`, and nothing else does.
 
     Args:
         learning_rate: the highest.
@@ -122,10 +125,11 @@ class AdamW:
 
     def _factors(self, params: Params) -> Params:
         """By what each parameter's learning rate is multiplied: float32 [], or [layers, 1, ...] in the encoder."""
-        names = {str(_part_of(_names(path))) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-        unknown = sorted(set(self.freeze) - names)
+        paths = [_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        parts = {_part_of(path) for path in paths}
+        unknown = sorted(set(self.freeze) - parts)
         if unknown:
-            raise ConfigError(f"freeze: the model has no {unknown[0]!r}, only {', '.join(sorted(names))}")
+            raise ConfigError(f"freeze: the model has no {unknown[0]!r}, only {', '.join(sorted(parts))}")
         layers = next(
             array.shape[0]
             for path, array in jax.tree_util.tree_leaves_with_path(params)
@@ -133,12 +137,14 @@ class AdamW:
         )
         if self.freeze_layers > layers:
             raise ConfigError(f"freeze_layers is {self.freeze_layers}, and the model has {layers}")
+        adapted = has_adapters(paths)
         depth = np.arange(layers)
         of_layers = np.where(depth < self.freeze_layers, 0.0, self.layer_decay ** (layers - depth)).astype(np.float32)
 
         def factor(path: Any, array: jax.Array) -> np.ndarray:
-            part = _part_of(_names(path))
-            if part in self.freeze:
+            names = _names(path)
+            part = _part_of(names)
+            if part in self.freeze or (adapted and not learns_with_adapters(names)):
                 return np.float32(0.0)
             if part == "encoder":
                 return of_layers.reshape(-1, *[1] * (array.ndim - 1))
