@@ -32,3 +32,7 @@ class SourceError(BertjaxError, OSError):
 
 class JobError(BertjaxError, ValueError):
     """A job over a corpus does not go with what is in its folder."""
+
+
+class TrainingError(BertjaxError, ArithmeticError):
+    """A training run can't go on: its numbers are no numbers any more."""

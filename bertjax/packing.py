@@ -143,6 +143,39 @@ def pack(
             yield _fill(step, shape, input_ids, token_type_ids, pad_id)
 
 
+def rows_needed(lengths: np.ndarray, row_length: int) -> int:
+    """How many rows of this length texts of these lengths are packed into."""
+    return len(_best_fit(lengths, (row_length,)))
+
+
+def pack_batch(
+    input_ids: Sequence[np.ndarray],
+    token_type_ids: Sequence[np.ndarray],
+    shape: tuple[int, int],
+    pad_id: int = 0,
+    *,
+    alone: bool = False,
+) -> PackedBatch:
+    """Packs texts into one batch of a given shape, rows that are not needed included.
+
+    Args:
+        input_ids: one int array per text, at least one token long.
+        token_type_ids: the same shapes.
+        shape: [rows, length].
+        pad_id: id to pad with.
+        alone: each text has a row of its own: text i has row i.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    lengths = np.array([len(ids) for ids in input_ids], np.int64)
+    own = [_Row(shape[1], [item]) for item in range(len(lengths))]
+    rows = own if alone else _best_fit(lengths, (shape[1],))
+    if len(rows) > shape[0] or (lengths.size and lengths.max() > shape[1]):
+        raise ValueError(f"{len(rows)} rows of up to {lengths.max()} tokens do not fit into {shape}")
+    return _fill(rows, shape, input_ids, token_type_ids, pad_id)
+
+
 def full_batch(shape: tuple[int, int], token_id: int) -> PackedBatch:
     """A step of this shape [rows, length] of which every row is one text of nothing but `token_id`."""
     texts = [np.full(shape[1], token_id, np.int32)] * shape[0]
@@ -202,14 +235,15 @@ def _fill(
     pad_id: int,
 ) -> PackedBatch:
     items = np.array([item for row in rows for item in row.items], np.int64)
-    row_of = np.repeat(np.arange(len(rows)), [len(row.items) for row in rows])
-    segments = np.concatenate([np.arange(len(row.items)) for row in rows])
+    counts = np.array([len(row.items) for row in rows], np.int64)
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    segments = np.arange(len(items)) - np.repeat(np.cumsum(counts) - counts, counts)
     lengths = np.array([len(input_ids[item]) for item in items], np.int64)
     # Where each text begins in its row: the running total of the lengths, less the total at the row's own start.
     ends = np.cumsum(lengths)
     begins = ends - lengths
     starts = begins - begins[segments == 0][row_of]
-    within = np.arange(int(ends[-1])) - np.repeat(begins, lengths)
+    within = np.arange(lengths.sum()) - np.repeat(begins, lengths)
     where = np.repeat(row_of * shape[1] + starts, lengths) + within
 
     def scatter(values: np.ndarray, fill: int) -> np.ndarray:
@@ -217,9 +251,12 @@ def _fill(
         flat[where] = values
         return flat.reshape(shape)
 
+    def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([arrays[item] for item in items]) if len(items) else np.zeros(0, np.int32)
+
     return PackedBatch(
-        input_ids=scatter(np.concatenate([input_ids[item] for item in items]), pad_id),
-        token_type_ids=scatter(np.concatenate([token_type_ids[item] for item in items]), 0),
+        input_ids=scatter(joined(input_ids), pad_id),
+        token_type_ids=scatter(joined(token_type_ids), 0),
         position_ids=scatter(within, 0),
         segment_ids=scatter(np.repeat(segments + 1, lengths), 0),
         items=items,

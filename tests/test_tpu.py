@@ -20,20 +20,25 @@ ROOT = Path(__file__).parent.parent
 CHIPS, SIZE, SHAPE = ("v5e", "v6e"), "minilm", "8x128"
 
 
-@pytest.fixture(scope="module")
-def cases() -> dict[tuple[str, str], dict]:
-    """What the compiler says of each chip's two programs."""
+def compiled(module: str, *arguments: str):
+    """What the compiler says, as a program of the benchmarks prints it."""
     if tpu.library() is None:
         message = "needs libtpu, the compiler for TPUs; see the test command in README.md"
         pytest.fail(f"CI must compile for TPUs: {message}") if os.environ.get("CI") else pytest.skip(message)
-    chips = [argument for chip in CHIPS for argument in ("--chip", chip)]
-    programs = ["--program", "padded", "--program", "packed"]
-    command = [sys.executable, "-m", "benchmarks.tpu", "--json", *chips, "--size", SIZE, "--shape", SHAPE, *programs]
+    command = [sys.executable, "-m", module, "--json", *arguments, "--size", SIZE, "--shape", SHAPE]
     # The eight devices of the other tests are of no use here; an option for CPUs is not one for TPUs either.
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return {(each["chip"], each["program"]): each for each in json.loads(done.stdout)["cases"]}
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def cases() -> dict[tuple[str, str], dict]:
+    """What the compiler says of each chip's two programs."""
+    chips = [argument for chip in CHIPS for argument in ("--chip", chip)]
+    found = compiled("benchmarks.tpu", *chips, "--program", "padded", "--program", "packed")
+    return {(each["chip"], each["program"]): each for each in found["cases"]}
 
 
 @pytest.mark.slow
@@ -58,6 +63,22 @@ def test_packing_costs_less_than_half_of_padding_by_the_compilers_estimate(cases
         assert cases[chip, "packed"]["kernels_not_estimated"] == cases[chip, "padded"]["kernels_not_estimated"] == 0
         packed, padded = (cases[chip, program]["cycles_per_real_token"] for program in ("packed", "padded"))
         assert packed <= 0.5 * padded, chip
+
+
+@pytest.mark.slow
+def test_a_training_step_compiles_for_a_slice_and_divides_its_state():
+    replicated, sharded = compiled("benchmarks.tpu_train", "--chip", "v5e")
+    assert (replicated["rules"], sharded["rules"]) == ("replicated", "fully sharded")
+    for each in (replicated, sharded):
+        assert each["devices"] == 4
+        assert each["matmuls"] > 0
+        assert each["float32_matmuls"] == 0
+        assert each["fits"]
+    # All but what can't be divided evenly, biases of the vocabulary and the like; a batch is the same in both.
+    assert sharded["state_bytes"] < 1.05 * replicated["state_bytes"] / 4
+    assert replicated["collectives"]["all-reduce"] > 0
+    assert replicated["collectives"]["all-gather"] == 0
+    assert sharded["collectives"]["all-gather"] > 0
 
 
 HLO = """
