@@ -6,6 +6,7 @@ from bertjax import __version__
 from bertjax.cli.checkpoints import convert, info
 from bertjax.cli.export import export
 from bertjax.cli.tasks import COMMANDS
+from bertjax.cli.train import train
 from bertjax.cli.vectors import embed
 
 
@@ -23,5 +24,5 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (embed, *COMMANDS, info, convert, export):
+for command in (embed, *COMMANDS, info, convert, export, train):
     main.add_command(command)
