@@ -205,7 +205,7 @@ def report(found: dict[str, Any], title: str, rows: list[list[str]]) -> str:
     curve = [["step", "bertjax", "torch"]]
     for place in sorted({*np.linspace(0, len(tokens) - 1, min(10, len(tokens))).astype(int).tolist()}):
         losses = [f"{np.mean(turns[name][place]['losses']):.4f}" for name in ("jax", "torch")]
-        curve.append([str((place + 1) * _TURN), *losses])
+        curve.append([str(sum(len(turn["losses"]) for turn in turns["jax"][: place + 1])), *losses])
     return "\n".join(
         [
             f"# {title}",
