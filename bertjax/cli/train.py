@@ -1,5 +1,6 @@
 """`bertjax train`: a run of training as a file of settings says."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def train(config: Path | None, show_options: bool) -> None:
     from bertjax.training.setup import trainer_of
 
     settings = read_settings(config)
+    _speak()
     with stopping("finishing the step in hand") as stop:
         report = trainer_of(settings).run(stop)
     steps = f"{report.steps} of {report.total_steps} steps"
@@ -50,3 +52,12 @@ def train(config: Path | None, show_options: bool) -> None:
         sys.exit(NOT_DONE)
     found = "".join(f"; {name} {value:.4f}" for name, value in report.metrics.items())
     click.echo(f"{report.model}: the state after {report.step_saved} of {report.total_steps} steps{found}")
+
+
+def _speak() -> None:
+    """Shows what a run logs of itself on standard error, with the time: where that is no terminal, there is no bar."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger = logging.getLogger("bertjax.training")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [handler]  # in the place of an earlier call's

@@ -1,5 +1,6 @@
 """Settings to a run: files to examples, a checkpoint or a preset to a model."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def _examples(
             raise InputError(f'{bad.describe_bad()}; {path} names them all; data.on_bad = "skip" leaves them out')
     if not len(examples) or (evaluation is not None and not len(evaluation)):
         raise InputError(f"{'data.eval' if len(examples) else 'data.train'} has no example that can be used")
-    return examples, evaluation
+    # Only an evaluation reads the rows again.
+    return dataclasses.replace(examples, records=()), evaluation
 
 
 def _tokenizer(settings: Settings) -> Tokenizer:

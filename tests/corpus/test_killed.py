@@ -143,7 +143,8 @@ def test_a_second_signal_ends_a_job_at_once(start, whole, tmp_path):
     time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     process.communicate()
-    assert process.returncode in (75, 128 + signal.SIGINT)
+    # A job that has nothing in hand is at its end by then, and the interpreter has the signal to itself.
+    assert process.returncode in (75, 128 + signal.SIGINT, -signal.SIGINT)
     assert len(list(out.glob("*.parquet"))) < SHARDS
 
 

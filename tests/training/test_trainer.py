@@ -292,8 +292,8 @@ def test_a_task_is_learnt_and_others_find_the_same_numbers(tables, kind, one_dev
     assert min(losses[-2:]) < 0.7 * losses[0]
     assert (report.steps, report.total_steps) == (40, 40)
     best, greater = trainer.task.best
-    evaluations = lines(folder, "eval")
-    assert [line["step"] for line in evaluations] == sorted({*range(5, 41, trainer.batches.steps_per_epoch), 40})
+    evaluations, epoch = lines(folder, "eval"), trainer.batches.steps_per_epoch
+    assert [line["step"] for line in evaluations] == sorted({*range(epoch, 41, epoch), 40})
     found = [line[best] for line in evaluations]
     assert report.metrics[best] == (max(found) if greater else min(found))
     assert report.step_saved == evaluations[found.index(report.metrics[best])]["step"]
