@@ -2,14 +2,14 @@
 
     python -m benchmarks.learn entities MODEL --train FILE.conll --dev FILE.conll [--save NAME]
     python -m benchmarks.learn similarity MODEL --pairs FILE.csv [--save NAME]
-    python -m benchmarks.learn words --text FILE --tokenizer FOLDER [--save NAME]
+    python -m benchmarks.learn words --text FILE [--save NAME]
 
 `entities` tunes an encoder to tag words; `similarity` tunes a sentence model to human judgements of pairs, a fifth of
-which are held out; `words` trains a new BERT by masked language modelling on texts, of which the last tenth is held
-out. Two processes take turns of some steps each: bertjax with packed rows, PyTorch (transformers,
-sentence-transformers) with the same texts padded to the longest of their batch. Both begin with the weights of one
-folder; AdamW, no decay for biases and LayerNorm, linear warm-up and decay, clipping. In the end the two folders that
-they save are evaluated by one program.
+which are held out; `words` makes a vocabulary for texts and trains a new BERT on them by masked language modelling,
+with a tenth of them held out. Two processes take turns of some steps each: bertjax with packed rows, PyTorch
+(transformers, sentence-transformers) with the same texts padded to the longest of their batch. Both begin with the
+weights of one folder; AdamW, no decay for biases and LayerNorm, linear warm-up and decay, clipping. In the end the two
+folders that they save are evaluated by one program.
 """
 
 import csv
@@ -322,12 +322,12 @@ def similarity(model: Path, pairs: Path, epochs: int, rate: float, name: str | N
 
 @main.command()
 @click.option("--text", required=True, help="A text a line.")
-@click.option("--tokenizer", "vocabulary", required=True, help="A folder with a tokenizer.")
-@click.option("--epochs", default=4, show_default=True)
+@click.option("--vocabulary", default=8000, show_default=True, help="Tokens of the vocabulary made for the texts.")
+@click.option("--epochs", default=6, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True, help="Learning rate.")
 @click.option("--size", default="mini", show_default=True, help="tiny, mini, small, ...")
 @click.option("--save", "name", help="Write the result to benchmarks/results under this name.")
-def words(text: str, vocabulary: str, epochs: int, rate: float, size: str, name: str | None) -> None:
+def words(text: str, vocabulary: int, epochs: int, rate: float, size: str, name: str | None) -> None:
     """A new BERT by masked language modelling: its loss on held-out texts, beside the entropy of single words."""
     from flax import nnx
 
@@ -337,17 +337,17 @@ def words(text: str, vocabulary: str, epochs: int, rate: float, size: str, name:
     from bertjax.training.rows import Rows, read_rows
     from bertjax.training.tasks.words import FindMaskedWords
 
-    tokenizer = Tokenizer.from_folder(vocabulary)
-    task = FindMaskedWords(tokenizer, 128, masking=Masking.of(tokenizer))
     records = read_rows([text], {"text": "text"}).records
-    cut = len(records) * 9 // 10
-    examples, held_out = (
-        task.examples(Rows(part, [("", str(row)) for row in range(len(part))]))[0]
-        for part in (records[:cut], records[cut:])
-    )
-    size_of = {"vocab_size": tokenizer.backend.get_vocab_size(), "max_position_embeddings": 128}
+    order = np.random.default_rng(0).permutation(len(records))
+    parts = [[records[row] for row in part] for part in np.split(order, [len(order) * 9 // 10])]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        tokenizer = Tokenizer.from_folder(vocabulary_of([record["text"] for record in parts[0]], vocabulary, folder))
+        task = FindMaskedWords(tokenizer, 128, masking=Masking.of(tokenizer))
+        examples, held_out = (
+            task.examples(Rows(part, [("", str(row)) for row in range(len(part))]))[0] for part in parts
+        )
+        size_of = {"vocab_size": tokenizer.backend.get_vocab_size(), "max_position_embeddings": 128}
         model = BertForMaskedLM(BertConfig.preset(size, **size_of), rngs=nnx.Rngs(0))
         model.save_pretrained(folder / "start", tokenizer=tokenizer)
         batches = Batches(task, examples, batch_size=32)
@@ -359,10 +359,20 @@ def words(text: str, vocabulary: str, epochs: int, rate: float, size: str, name:
     table = [["loss on held-out texts", "nats"], ["single words, by their frequency", f"{entropy:.4f}"]]
     shown = {"start": "untrained", "jax": "bertjax", "torch": "torch"}
     table += [[shown[each], f"{scores[each]['loss']:.4f}"] for each in scores]
-    options = f"--size {size} --epochs {epochs} --rate {rate:g}"
-    found |= {"command": f"python -m benchmarks.learn words --text FILE --tokenizer FOLDER {options}"}
+    options = f"--vocabulary {vocabulary} --size {size} --epochs {epochs} --rate {rate:g}"
+    found |= {"command": f"python -m benchmarks.learn words --text FILE {options}"}
     found |= {"scores": scores, "unigram": entropy}
     finish(name, f"A new BERT-{size} by masked language modelling: {Path(text).name}", table, found)
+
+
+def vocabulary_of(texts: list[str], size: int, folder: Path) -> Path:
+    """A folder with a WordPiece vocabulary of lower-case words that is made from texts."""
+    from tokenizers import BertWordPieceTokenizer
+
+    made = BertWordPieceTokenizer(lowercase=True)
+    made.train_from_iterator(texts, vocab_size=size, show_progress=False)
+    made.save_model(str(folder))
+    return folder
 
 
 def held_out_loss(model: Any, batches: list[Any]) -> float:
