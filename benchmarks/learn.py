@@ -329,27 +329,12 @@ def similarity(model: Path, pairs: Path, epochs: int, rate: float, name: str | N
 @click.option("--save", "name", help="Write the result to benchmarks/results under this name.")
 def words(text: str, vocabulary: int, epochs: int, rate: float, size: str, name: str | None) -> None:
     """A new BERT by masked language modelling: its loss on held-out texts, beside the entropy of single words."""
-    from flax import nnx
-
-    from bertjax import BertConfig, BertForMaskedLM, Tokenizer, from_pretrained
+    from bertjax import from_pretrained
     from bertjax.training.batches import Batches
-    from bertjax.training.masking import Masking
-    from bertjax.training.rows import Rows, read_rows
-    from bertjax.training.tasks.words import FindMaskedWords
 
-    records = read_rows([text], {"text": "text"}).records
-    order = np.random.default_rng(0).permutation(len(records))
-    parts = [[records[row] for row in part] for part in np.split(order, [len(order) * 9 // 10])]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tokenizer = Tokenizer.from_folder(vocabulary_of([record["text"] for record in parts[0]], vocabulary, folder))
-        task = FindMaskedWords(tokenizer, 128, masking=Masking.of(tokenizer))
-        examples, held_out = (
-            task.examples(Rows(part, [("", str(row)) for row in range(len(part))]))[0] for part in parts
-        )
-        size_of = {"vocab_size": tokenizer.backend.get_vocab_size(), "max_position_embeddings": 128}
-        model = BertForMaskedLM(BertConfig.preset(size, **size_of), rngs=nnx.Rngs(0))
-        model.save_pretrained(folder / "start", tokenizer=tokenizer)
+        task, examples, held_out = new_bert(text, vocabulary, size, folder)
         batches = Batches(task, examples, batch_size=32)
         found = compare(job_of("words", folder / "start", batches, epochs, rate), folder)
         unseen = list(Batches(task, held_out, batch_size=32).all())
@@ -363,6 +348,27 @@ def words(text: str, vocabulary: int, epochs: int, rate: float, size: str, name:
     found |= {"command": f"python -m benchmarks.learn words --text FILE {options}"}
     found |= {"scores": scores, "unigram": entropy}
     finish(name, f"A new BERT-{size} by masked language modelling: {Path(text).name}", table, found)
+
+
+def new_bert(text: str, vocabulary: int, size: str, folder: Path) -> tuple[Any, Any, Any]:
+    """Saves a new BERT in `folder/start`; gives its task, examples to learn from, and those held out."""
+    from flax import nnx
+
+    from bertjax import BertConfig, BertForMaskedLM, Tokenizer
+    from bertjax.training.masking import Masking
+    from bertjax.training.rows import Rows, read_rows
+    from bertjax.training.tasks.words import FindMaskedWords
+
+    records = read_rows([text], {"text": "text"}).records
+    order = np.random.default_rng(0).permutation(len(records))
+    parts = [[records[row] for row in part] for part in np.split(order, [len(order) * 9 // 10])]
+    tokenizer = Tokenizer.from_folder(vocabulary_of([record["text"] for record in parts[0]], vocabulary, folder))
+    task = FindMaskedWords(tokenizer, 128, masking=Masking.of(tokenizer))
+    sizes = {"vocab_size": tokenizer.backend.get_vocab_size(), "max_position_embeddings": 128}
+    model = BertForMaskedLM(BertConfig.preset(size, **sizes), rngs=nnx.Rngs(0))
+    model.save_pretrained(folder / "start", tokenizer=tokenizer)
+    rows = (Rows(part, [("", str(row)) for row in range(len(part))]) for part in parts)
+    return (task, *(task.examples(each)[0] for each in rows))
 
 
 def vocabulary_of(texts: list[str], size: int, folder: Path) -> Path:

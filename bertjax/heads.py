@@ -199,10 +199,10 @@ class BertForMultipleChoice(TaskModel):
         """Computes the logits of a batch, as in the other models but for the inputs' extra axis.
 
         `inputs_embeds` are [batch, choices, length, hidden]. `labels` are int [batch], the right choice or, for what is
-        not scored, -100. There is no `max_segments`: every choice is a row of its own.
+        not scored, -100. There is no `max_segments`: every choice is a row of its own. `score` takes packed rows.
         """
         if max_segments is not None:
-            raise InputError("max_segments is not for multiple choice, where every choice is a row of its own")
+            raise InputError("max_segments is not for multiple choice, where every choice is a row; see `score`")
         (batch, choices), rows = flatten_choices(
             input_ids,
             inputs_embeds,
@@ -212,10 +212,18 @@ class BertForMultipleChoice(TaskModel):
             segment_ids=segment_ids,
         )
         labels = check_labels("labels", labels, (batch,), choices)
-        output = self._compute({}, None, **rows, **options)
+        output = self.score(**rows, **options)
         logits = output.logits.reshape(batch, choices)
         loss = None if labels is None else _compiled_cross_entropy(logits, labels)
         return dataclasses.replace(output, logits=logits, loss=loss)
+
+    def score(self, *inputs: Any, **options: Any) -> LogitsOutput:
+        """Scores choices by themselves, whatever they are to be compared with.
+
+        Inputs, options and errors are those of `BertModel`: every choice is a row or, with `max_segments`, a segment of
+        one. Logits are [batch, 1] or [batch, max_segments, 1].
+        """
+        return self._compute({}, None, *inputs, **options)
 
     def _read(self, encoded: BertOutput, targets: dict[str, jax.Array], dropout_key: jax.Array | None) -> LogitsOutput:
         return LogitsOutput(logits=self._classify(encoded.pooler_output, dropout_key))

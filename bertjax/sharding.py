@@ -7,6 +7,7 @@ optimiser keeps of it, and each layer's are gathered when it is computed. A seco
 feed-forward layer and the vocabulary (Shoeybi et al. 2019, arXiv:1909.08053).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,11 @@ def shardings_of(tree: Any, mesh: Mesh, rules: Mapping[str, str]) -> Any:
         return NamedSharding(mesh, spec_of(list(map(str, names)), array.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """How many bytes of a tree's arrays a device holds; their shards have the same shape everywhere."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

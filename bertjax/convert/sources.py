@@ -53,7 +53,11 @@ _FORMATS = (
 # Weights that are not read, by file name: what to say instead of "not found".
 _OTHER_WEIGHTS = (
     ("*.h5", "Keras weights are not read; load them in transformers 4 with from_tf=True and save the model again"),
-    ("adapter_model.*", "this is a PEFT adapter, not a model; merge it into its base model first"),
+    (
+        "adapter_model.*",
+        "this is a PEFT adapter, not a model; merge it into its base model first, "
+        "or put it on that with bertjax.training.load_adapter",
+    ),
     ("onnx/*.onnx", "only ONNX weights found; bertjax needs the model's own"),
     ("*.onnx", "only ONNX weights found; bertjax needs the model's own"),
     ("*.gguf", "GGUF weights are quantised for other engines; bertjax needs the original model's"),

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import threading
 from collections.abc import Mapping
@@ -18,16 +19,19 @@ from flax import nnx
 from bertjax.atomic import atomic_file
 from bertjax.errors import ConfigError, JobError, TrainingError
 from bertjax.json_files import read_json
-from bertjax.sharding import FULLY_SHARDED, RULES, data_mesh, shardings_of
+from bertjax.sharding import FULLY_SHARDED, RULES, bytes_per_device, data_mesh, shardings_of
 from bertjax.training.batches import Batches, MadeBatch
 from bertjax.training.checkpoints import Checkpoints
-from bertjax.training.logs import RunLog, plot_curves
+from bertjax.training.curves import plot_curves
+from bertjax.training.logs import RunLog
 from bertjax.training.objective import Batch, Objective
 from bertjax.training.optimizer import AdamW, Params, join
 from bertjax.training.settings import RunSettings, Settings
 from bertjax.training.state import TrainState, new_state
 from bertjax.training.step import Metrics, train_step
 from bertjax.training.tasks.base import Examples, LearningTask
+
+logger = logging.getLogger(__name__)
 
 # What may differ when a run goes on: none of it changes what is learnt.
 _FREE = ("output", "log_every", "evaluate_every", "checkpoint_every", "keep", "best", "save")
@@ -64,7 +68,8 @@ class Trainer:
 
         OUTPUT/run.json        the settings, and a digest of the examples
         OUTPUT/checkpoints/    see `Checkpoints`
-        OUTPUT/metrics.jsonl   and tensorboard/, curves.png: see `logs`
+        OUTPUT/metrics.jsonl   and tensorboard/: see `logs`
+        OUTPUT/curves.png      see `curves`
         OUTPUT/model/          the result
 
     Args:
@@ -135,6 +140,7 @@ class Trainer:
             state = self._new_state()
             state = checkpoints.restore(state) or state
             first = int(state.step)
+            self._introduce(state)
             log = RunLog(self._folder, self.total_steps, start_step=first, progress=show_progress_bar)
             try:
                 state = self._steps(state, checkpoints, log, stop or threading.Event())
@@ -147,6 +153,17 @@ class Trainer:
             if int(state.step) < self.total_steps:
                 return Report(int(state.step), self.total_steps, {}, None, None)
             return self._finish(state, checkpoints)
+
+    def _introduce(self, state: TrainState) -> None:
+        """Logs what a run is about to do."""
+        logger.info(
+            "%d of %d steps are left, %d make an epoch; parameters and optimiser state take %.4g MB%s",
+            self.total_steps - int(state.step),
+            self.total_steps,
+            self.batches.steps_per_epoch,
+            bytes_per_device(state) / 1e6,
+            "" if self._mesh is None else f" on each of {self._mesh.size} devices",
+        )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """The losses and the task's own metrics of a state, on what the run is evaluated on."""

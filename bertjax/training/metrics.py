@@ -26,6 +26,8 @@ _TAG = re.compile(r"O|[BIELSU](-.+)?", re.DOTALL)
 # seqeval's schemes, and what a token of an entity may be; of several that fit, the first is meant.
 _SCHEMES = {"IOB2": "BI", "IOE2": "IE", "IOBES": "BIES", "BILOU": "BILU"}
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Queries that are compared with all passages at a time.
+_BLOCK = 1024
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -59,6 +61,31 @@ def classification_metrics(logits: ArrayLike, labels: ArrayLike) -> dict[str, fl
         "matthews_correlation": sklearn.matthews_corrcoef(labels, found) if varied else 0.0,
     }
     return {name: float(metrics[name]) for name in names}
+
+
+def choice_metrics(scores: Sequence[ArrayLike], labels: ArrayLike) -> dict[str, float]:
+    """How often the right one of several texts has the greatest score.
+
+    Args:
+        scores: for each example, float [choices].
+        labels: int [n], the place of the right one.
+
+    Returns:
+        accuracy, NaN if a score is.
+
+    Raises:
+        InputError: a shape or a type is wrong, or a label is no choice.
+    """
+    found = [_numbers(f"scores[{row}]", each, 1) for row, each in enumerate(scores)]
+    if not found:
+        raise InputError("there are no scores to measure")
+    labels = _classes(labels, len(found), max(map(len, found)))
+    counts = np.array([len(each) for each in found])
+    _check_values("labels", labels, labels < counts, "one of the choices")
+    if any(np.isnan(each).any() for each in found):
+        return {"accuracy": math.nan}
+    best = [int(each.argmax()) for each in found]
+    return {"accuracy": float(_library("sklearn.metrics").accuracy_score(labels, best))}
 
 
 def multilabel_metrics(logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -116,6 +143,35 @@ def similarity_metrics(cosines: ArrayLike, scores: ArrayLike) -> dict[str, float
         pearson and spearman; see `regression_metrics`, for the errors too.
     """
     return _correlations(*_pairs("cosines", cosines, "scores", scores))
+
+
+def ranking_metrics(queries: ArrayLike, passages: ArrayLike) -> dict[str, float]:
+    """How queries rank their own passages among all of them, by dot products.
+
+    Args:
+        queries: float [n, dim].
+        passages: float [n, dim], of each query its own.
+
+    Returns:
+        accuracy, how often the own passage is the first, and mrr, the mean of 1 / its rank; of passages with the same
+        score the own one is the last. Both are NaN if a score is.
+
+    Raises:
+        InputError: a shape or a type is wrong.
+    """
+    queries, passages = _numbers("queries", queries, 2), _numbers("passages", passages, 2)
+    _check_shape("passages", passages, queries.shape)
+    ranks = np.concatenate([_ranks(queries, passages, first) for first in range(0, len(queries), _BLOCK)])
+    # No rank is above NaN: a model that has diverged does not find everything.
+    accuracy = math.nan if np.isnan(ranks).any() else float((ranks == 1).mean())
+    return {"accuracy": accuracy, "mrr": float((1 / ranks).mean())}
+
+
+def _ranks(queries: np.ndarray, passages: np.ndarray, first: int) -> np.ndarray:
+    """The ranks of some queries' own passages, counted from 1; NaN if the score is none."""
+    scores = queries[first : first + _BLOCK] @ passages.T
+    own = scores[np.arange(len(scores)), first + np.arange(len(scores))]
+    return np.where(np.isnan(own), np.nan, (scores >= own[:, None]).sum(1))
 
 
 def tagging_metrics(predicted: Tags, expected: Tags, *, names: Collection[str] | None = None) -> dict[str, float]:

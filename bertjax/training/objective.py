@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from bertjax.heads import BertForPreTraining, BertForQuestionAnswering
+from bertjax.heads import BertForMultipleChoice, BertForPreTraining, BertForQuestionAnswering
 from bertjax.losses import IGNORED, cosine_loss, cross_entropy, ranking_loss
 from bertjax.model import functional
 from bertjax.sentence import SentenceModel
@@ -15,6 +15,9 @@ from bertjax.training.optimizer import Params
 
 Batch = Mapping[str, jax.Array]
 Terms = tuple[jax.Array, ...]
+
+# A logit whose exponential is 0 beside any other; an infinity would have no difference from itself.
+_NEVER = -1e30
 
 
 class Objective(NamedTuple):
@@ -86,6 +89,30 @@ def cosine_objective(model: SentenceModel, *, dims: Sequence[int] = (), max_segm
     return _vector_objective(model, lambda *pair, labels: cosine_loss(*pair, labels), dims, max_segments, ("labels",))
 
 
+def choice_objective(model: BertForMultipleChoice, *, max_segments: int | None = None) -> Objective:
+    """Of several texts the right one is to have the greatest score.
+
+    A batch has `labels`, int32 [examples], the column of the right text, -100 for an example that is not there; for
+    the rest of it, and `max_segments`, see `ranking_objective`: the columns of `places` are the choices.
+    """
+    graphdef, _ = nnx.split(model)
+
+    def losses(params: Params, batch: Batch, key: jax.Array) -> Terms:
+        inputs = {name: array for name, array in batch.items() if name not in ("places", "labels")}
+        scores = nnx.merge(graphdef, params).score(**inputs, max_segments=max_segments, dropout_key=key).logits
+        # What is not there is never chosen, and its gradient is zero.
+        return (cross_entropy(_at_places(scores.reshape(-1), batch["places"], _NEVER).T, batch["labels"]),)
+
+    return Objective(losses, lambda batch: (_count(batch["labels"]),))
+
+
+def _at_places(values: jax.Array, places: jax.Array, absent: float) -> jax.Array:
+    """The values of texts [texts, ...] at `places`, and `absent` where these are -1."""
+    # A place of -1 would be the last one.
+    places = jnp.where(places < 0, len(values), places)
+    return values.at[places].get(mode="fill", fill_value=absent)
+
+
 def _vector_objective(
     model: SentenceModel,
     loss: Callable[..., jax.Array],
@@ -101,9 +128,7 @@ def _vector_objective(
         inputs = {name: array for name, array in batch.items() if name not in ("places", "labels")}
         vectors = apply(params, **inputs, max_segments=max_segments, dropout_key=key)
         vectors = vectors.reshape(-1, vectors.shape[-1])
-        # A place of -1 would be the last one.
-        places = jnp.where(batch["places"] < 0, len(vectors), batch["places"])
-        columns = vectors.at[places].get(mode="fill", fill_value=0.0)
+        columns = _at_places(vectors, batch["places"], 0.0)
         return tuple(loss(*(column[:, :size] for column in columns), **given) for size in sizes)
 
     return Objective(losses, lambda batch: ((batch["places"][..., 0, :] >= 0).sum().astype(jnp.float32),) * len(sizes))

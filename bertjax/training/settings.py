@@ -22,6 +22,7 @@ Kind = Literal[
     "text-classification",
     "token-classification",
     "question-answering",
+    "multiple-choice",
     "masked-lm",
     "pre-training",
     "ranking",
@@ -77,8 +78,9 @@ class TaskSettings:
     """What it is trained for.
 
     Args:
-        kind: text-classification, token-classification, question-answering, masked-lm, pre-training (masked-lm and
-            next sentence), ranking (vectors; queries find passages), or similarity (vectors; cosines of pairs).
+        kind: text-classification, token-classification, question-answering, multiple-choice, masked-lm, pre-training
+            (masked-lm and next sentence), ranking (vectors; queries find passages), or similarity (vectors; cosines of
+            pairs).
         max_length: the longest text in tokens; default: what the model takes, and 384 for question-answering.
         labels: for classification: the labels' names in the order of their numbers; default: the model's, or, where
             its classifier is new, those in the data, sorted.
@@ -120,9 +122,9 @@ class DataSettings:
         train: files, folders and patterns: .jsonl, .csv, .txt (compressed or not), .parquet, .arrow, .conll.
         eval: the same, to evaluate on.
         columns: the name of each column that differs from what it is for: text, pair and label for
-            text-classification; tokens and tags; question, context and answers; query, passage, negative,
-            negative_2, ...; text, pair and score for similarity. The pair of text-classification and the negatives
-            are read only if they are named here: pair = "pair".
+            text-classification; tokens and tags; question, context and answers; text, choices and label for
+            multiple-choice; query, passage, negative, negative_2, ...; text, pair and score for similarity. The pair
+            of text-classification and the negatives are read only if they are named here: pair = "pair".
         on_bad: what to do with rows that can't be used: "stop", or "skip" them. Either way OUTPUT/bad_rows.jsonl names
             them all.
     """

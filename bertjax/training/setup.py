@@ -24,6 +24,7 @@ from bertjax.training.rows import Rows, read_rows
 from bertjax.training.settings import Settings
 from bertjax.training.tasks.answering import AnswerQuestions
 from bertjax.training.tasks.base import Examples, LearningTask
+from bertjax.training.tasks.choosing import ChooseTexts
 from bertjax.training.tasks.classification import ClassifyTexts, names_of
 from bertjax.training.tasks.sentences import NEGATIVES, CompareTexts, RankPassages
 from bertjax.training.tasks.tagging import TagWords
@@ -35,6 +36,7 @@ _COLUMNS = {
     "text-classification": ("text", "pair?", "label"),
     "token-classification": ("tokens", "tags"),
     "question-answering": ("question", "context", "answers"),
+    "multiple-choice": ("text", "choices", "label"),
     "masked-lm": ("text",),
     "pre-training": ("text",),
     "ranking": ("query", "passage", *(f"{name}?" for name in _NEGATIVES)),
@@ -144,6 +146,9 @@ def _model_and_task(
         length = min(_max_length(settings, model, tokenizer), asked.max_length or _WINDOW)
         stride = min(_STRIDE, length // 2) if asked.doc_stride is None else asked.doc_stride
         return model, AnswerQuestions(tokenizer, length, doc_stride=stride)
+    if kind == "multiple-choice":
+        model = _model(settings, ChooseTexts, tokenizer)
+        return model, ChooseTexts(tokenizer, _max_length(settings, model, tokenizer))
     masking = Masking.of(tokenizer, probability=asked.mask_probability, whole_words=asked.whole_words)
     of = FindMaskedWords if kind == "masked-lm" else PreTrain
     model = _model(settings, of, tokenizer)

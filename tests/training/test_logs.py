@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from oracle import require
 
 from bertjax.errors import InputError, SourceError
-from bertjax.training import logs
-from bertjax.training.logs import RunLog, plot_curves
+from bertjax.training import curves, logs
+from bertjax.training.curves import plot_curves
+from bertjax.training.logs import RunLog
 
 
 @pytest.fixture
@@ -256,11 +257,11 @@ def test_where_nothing_can_be_drawn_nothing_is(tmp_path, monkeypatch, caplog):
 
 def test_smoothing_keeps_what_is_smooth_and_passes_over_gaps():
     values = np.linspace(1, 2, 400)
-    found = logs._smoothed(np.where(np.arange(400) % 7 == 0, math.nan, values))
+    found = curves._smoothed(np.where(np.arange(400) % 7 == 0, math.nan, values))
     np.testing.assert_allclose(found[30:-30], values[30:-30], atol=1e-3)
     noise = np.random.default_rng(0).normal(size=1000)
-    assert np.std(logs._smoothed(noise)) < 0.2 * np.std(noise)
-    assert np.isnan(logs._smoothed(np.full(5, math.nan))).all()
+    assert np.std(curves._smoothed(noise)) < 0.2 * np.std(noise)
+    assert np.isnan(curves._smoothed(np.full(5, math.nan))).all()
 
 
 LIGHT = """
@@ -269,7 +270,8 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         assert name.partition(".")[0] not in ("torch", "tensorflow"), name
 sys.meta_path.insert(0, Refuse())
-from bertjax.training.logs import RunLog, plot_curves
+from bertjax.training.curves import plot_curves
+from bertjax.training.logs import RunLog
 import bertjax.training.metrics
 heavy = {"sklearn", "scipy.stats", "seqeval", "matplotlib", "tensorboard"} & sys.modules.keys()
 assert not heavy, heavy

@@ -55,6 +55,28 @@ def test_several_labels():
     same(metrics.multilabel_metrics(-np.ones((2, 2)), np.zeros((2, 2), int)), dict.fromkeys(found, 0) | {"accuracy": 1})
 
 
+def test_choices():
+    scores = [[0.1, 0.3], [2, 1, 0], [-1, -2, -3, 0]]
+    same(metrics.choice_metrics(scores, [1, 0, 0]), {"accuracy": 2 / 3})
+    same(metrics.choice_metrics([[0, NAN]], [1]), {"accuracy": NAN})
+    with pytest.raises(InputError, match=r"labels has 2 at \[0\], expected one of the choices"):
+        metrics.choice_metrics(scores, [2, 0, 0])
+    with pytest.raises(InputError, match="no scores"):
+        metrics.choice_metrics([], [])
+
+
+def test_passages_of_queries():
+    queries = np.eye(3)
+    same(metrics.ranking_metrics(queries, queries), {"accuracy": 1, "mrr": 1})
+    # The second query's own passage comes behind another; the third's has the score of another.
+    passages = np.array([[1, 2, 0], [0, 1, 5], [0, 0, 5]])
+    same(metrics.ranking_metrics(queries, passages), {"accuracy": 1 / 3, "mrr": (1 + 1 / 2 + 1 / 2) / 3})
+    same(metrics.ranking_metrics(np.full((2, 2), NAN), np.ones((2, 2))), {"accuracy": NAN, "mrr": NAN})
+    many = np.random.default_rng(0).normal(size=(2500, 8))
+    unit = many / np.linalg.norm(many, axis=-1, keepdims=True)
+    same(metrics.ranking_metrics(many, unit), {"accuracy": 1, "mrr": 1})
+
+
 def test_numbers():
     """A monotone curve has the ranks of a line."""
     values, targets = np.array([1, 2, 3, 4.0]), np.array([1, 4, 9, 16])

@@ -14,6 +14,7 @@ from bertjax.training.batches import Batches
 from bertjax.training.masking import Masking
 from bertjax.training.rows import Rows
 from bertjax.training.tasks.answering import AnswerQuestions
+from bertjax.training.tasks.choosing import ChooseTexts
 from bertjax.training.tasks.classification import ClassifyTexts, names_of
 from bertjax.training.tasks.sentences import CompareTexts, RankPassages
 from bertjax.training.tasks.tagging import TagWords
@@ -178,6 +179,33 @@ def test_places_are_those_of_the_texts(tokenizer, spec):
             assert (place == -1) if text is None else (found == tokenizer([text]).input_ids[0].tolist())
 
 
+CHOICES = [
+    {"text": "the cat", "choices": ["sat", "ran fast"], "label": 1},
+    {"text": "it ran", "choices": "on|under|and", "label": "0"},
+    {"text": "a dog", "choices": ["she", "he", "it"], "label": 2},
+]
+
+
+def test_choices_stand_at_their_places(tokenizer):
+    task = ChooseTexts(tokenizer, 16)
+    examples, rows = task.examples(rows_of(CHOICES))
+    assert not rows.bad
+    batches = Batches(task, examples, batch_size=4)
+    arrays = {name: np.asarray(array) for name, array in batches.make(0).arrays.items()}
+    assert arrays["places"].shape == (3, 4)
+    chosen = batches._chosen(0)
+    assert arrays["labels"].tolist() == [*(int(CHOICES[example]["label"]) for example in chosen), IGNORED]
+    for example, column in zip(chosen, arrays["places"].T, strict=False):
+        record = CHOICES[example]
+        choices = record["choices"].split("|") if isinstance(record["choices"], str) else record["choices"]
+        assert (column >= 0).sum() == len(choices)
+        for choice, place in zip(choices, column, strict=False):
+            row, segment = divmod(int(place), batches.layout.segments)
+            found = arrays["input_ids"][row, arrays["segment_ids"][row] == segment + 1].tolist()
+            assert found == tokenizer([record["text"]], [choice]).input_ids[0].tolist()
+    assert (arrays["places"][:, 3] == -1).all()
+
+
 def test_scores_of_pairs(tokenizer, spec):
     task = CompareTexts(tokenizer, 16, spec=spec, columns=["text", "pair"], scale=5.0)
     values = [5, "2.5", -5.0, 6, "x", None, float("nan")]
@@ -253,6 +281,12 @@ GOOD = {"text": ["cat"], "answer_start": [4]}
         ("answer", {"answers": GOOD}, {"question": "cat " * 30}, "its question is too long for windows of 24 tokens"),
         ("rank", TRIPLES[1], {"passage": 1}, "its passage is 1, expected a text"),
         ("rank", TRIPLES[1], {"negative": 1}, "its negative is 1, expected a text"),
+        ("choose", CHOICES[0], {"text": None}, "its text is None, expected a text"),
+        ("choose", CHOICES[0], {"choices": ["cat"]}, "its choices are ['cat'], expected a list of two texts or more"),
+        ("choose", CHOICES[0], {"choices": ["cat", 3]}, "its choices are ['cat', 3], expected a list of two"),
+        ("choose", CHOICES[0], {"label": 2}, "its label is 2, expected the place of one of 2 choices, counted from 0"),
+        ("choose", CHOICES[0], {"label": True}, "its label is True, expected the place of one"),
+        ("choose", CHOICES[0], {"label": "cat"}, "its label is 'cat', expected the place of one"),
         ("mask", {"text": "a"}, {"text": None}, "its text is None, expected a text"),
     ],
 )
@@ -263,6 +297,7 @@ def test_bad_rows_are_refused_by_their_place(tokenizer, spec, of, good, bad, rea
         "tag": lambda: TagWords(tokenizer, 16, names=TAGS),
         "answer": lambda: AnswerQuestions(tokenizer, 24, doc_stride=8),
         "rank": lambda: ranking(tokenizer, spec),
+        "choose": lambda: ChooseTexts(tokenizer, 16),
         "mask": lambda: FindMaskedWords(tokenizer, 16, masking=Masking.of(tokenizer)),
     }[of]()
     good = {"question": "what", "context": "the cat", **good} if of == "answer" else good

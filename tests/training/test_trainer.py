@@ -41,7 +41,7 @@ TINY = {
 }
 NO_DROPOUT = TINY | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CLASSIFY, TAG, ANSWER, MASK = "text-classification", "token-classification", "question-answering", "masked-lm"
-PRETRAIN, RANK, COMPARE = "pre-training", "ranking", "similarity"
+PRETRAIN, RANK, COMPARE, CHOOSE = "pre-training", "ranking", "similarity", "multiple-choice"
 #: The kinds of task, and how the files of each are written here.
 KINDS = {
     CLASSIFY: "csv",
@@ -51,6 +51,7 @@ KINDS = {
     PRETRAIN: "txt",
     RANK: "jsonl",
     COMPARE: "jsonl",
+    CHOOSE: "jsonl",
 }
 NOUNS = ("cat", "dog", "mat", "tree")
 REST = "the a sat on under and ran fast slow he she it".split()
@@ -82,6 +83,11 @@ def rows(kind, count, seed=0):
             yield {"text": "" if number % 5 == 4 else f"the {NOUNS[number // 5 % 4]} sat ."}
         elif kind == RANK:
             yield {"query": noun, "passage": " ".join(text), "not": other if number % 2 else None}
+        elif kind == CHOOSE:
+            label = int(rng.integers(2 + number % 2))
+            others = [word for word in NOUNS if word != noun]
+            choices = [*others[:label], noun, *others[label : 1 + number % 2]]
+            yield {"text": " ".join(text), "choices": choices, "label": label}
         else:
             pair = [noun, noun] if number % 2 else [noun, other]
             yield {"text": pair[0], "pair": " ".join(words(pair[1])), "score": 5.0 * (number % 2)}
@@ -198,6 +204,8 @@ def transformers_numbers(kind, trainer, folder):
     model = getattr(transformers, name).from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     records = trainer._evaluation.records
+    if kind == CHOOSE:
+        return chosen_by_transformers(model, tokenizer, records)
     if kind in (MASK, PRETRAIN):
         return masked_by_transformers(trainer, model)
     if kind == CLASSIFY:
@@ -231,6 +239,21 @@ def answer_loss(model, tokenizer, record):
     place = torch.tensor([encoded.char_to_token(0, record["answers"]["answer_start"][0], 1)])
     with torch.no_grad():
         return model(**encoded, start_positions=place, end_positions=place).loss.item()
+
+
+def chosen_by_transformers(model, tokenizer, records):
+    """The loss and the accuracy of rows, each for itself, as they may have different numbers of choices."""
+    torch = require("torch")
+    losses, right = [], []
+    for record in records:
+        texts = [record["text"]] * len(record["choices"])
+        encoded = tokenizer(texts, record["choices"], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            label = torch.tensor([record["label"]])
+            output = model(**{name: array[None] for name, array in encoded.items()}, labels=label)
+        losses.append(output.loss.item())
+        right.append(output.logits.argmax().item() == record["label"])
+    return {"loss": np.mean(losses), "accuracy": np.mean(right)}
 
 
 def masked_by_transformers(trainer, model):
@@ -273,14 +296,14 @@ def sentence_numbers(kind, trainer, folder):
     return {"loss": np.square((first * second).sum(-1) - scores).mean()}
 
 
-BY_TORCH = {CLASSIFY, TAG, ANSWER, MASK, PRETRAIN}
+BY_TORCH = {CLASSIFY, TAG, ANSWER, MASK, PRETRAIN, CHOOSE}
 CHANGES = {
     COMPARE: {"task": {"scale": 5.0}},
     RANK: {"task": {"dims": [16, 8]}},
     MASK: {"run": {"accumulate": 2}},
     PRETRAIN: {"run": {"accumulate": 2}},
 }
-SLOW = (ANSWER, MASK, PRETRAIN, RANK)
+SLOW = (ANSWER, MASK, PRETRAIN, RANK, CHOOSE)
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in KINDS])
@@ -492,14 +515,16 @@ SHARDINGS = [
 @pytest.mark.parametrize(
     ("kind", "sharding"), [SHARDINGS[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in SHARDINGS[1:])]
 )
-def test_eight_devices_learn_what_one_does(tables, tmp_path, monkeypatch, kind, sharding):
+def test_eight_devices_learn_what_one_does(tables, tmp_path, monkeypatch, caplog, kind, sharding):
     given = tables(
         kind, run=SHORT, optimizer={"learning_rate": 1e-3, "eps": 1e-6}, task=CHANGES.get(kind, {}).get("task", {})
     )
     if "config" in given["model"]:
         given["model"] |= {"config": NO_DROPOUT}
     expected, measured = curve(given, monkeypatch, 1)
-    losses, found = curve(given, run={"output": str(tmp_path / "eight"), "sharding": sharding})
+    with caplog.at_level("INFO", "bertjax.training"):
+        losses, found = curve(given, run={"output": str(tmp_path / "eight"), "sharding": sharding})
+    assert "MB on each of 8 devices" in caplog.text
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     assert measured.keys() == found.keys()
     np.testing.assert_allclose(found["loss"], measured["loss"], rtol=2e-5)

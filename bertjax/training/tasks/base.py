@@ -199,6 +199,17 @@ def _not_scored(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.full(shape, np.nan if dtype.kind == "f" else IGNORED, dtype)
 
 
+def places_of(draft: Draft) -> np.ndarray:
+    """Where the texts of examples are among the segments of all rows, int32 [columns, size]; -1 for none."""
+    packed = draft.packed
+    of_text = np.empty(len(packed.items), np.int32)
+    of_text[packed.items] = packed.rows * draft.layout.segments + packed.segments
+    texts = draft.examples.texts[draft.chosen]
+    places = np.full((draft.layout.size, texts.shape[1]), -1, np.int32)
+    places[: len(texts)][texts >= 0] = of_text
+    return np.ascontiguousarray(places.T)
+
+
 def of_tokens(packed: PackedBatch, values: Sequence[np.ndarray]) -> np.ndarray:
     """Values [tokens] for each text as int32 [rows, length], with `IGNORED` at padding."""
     table = np.full(packed.input_ids.shape, IGNORED, np.int32)

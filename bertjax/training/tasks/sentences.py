@@ -10,15 +10,13 @@ from bertjax.embedder import SentenceEncoder
 from bertjax.sentence import SentenceModel
 from bertjax.sentence_files import SentenceSpec
 from bertjax.tokenizer import Tokenizer
-from bertjax.training.metrics import similarity_metrics
+from bertjax.training.metrics import ranking_metrics, similarity_metrics
 from bertjax.training.objective import Objective, cosine_objective, ranking_objective
 from bertjax.training.rows import Rows
-from bertjax.training.tasks.base import Draft, Examples, Layout, LearningTask, check_texts, of_examples
+from bertjax.training.tasks.base import Draft, Examples, Layout, LearningTask, check_texts, of_examples, places_of
 
 # How many columns of passages that are not a query's there may be; "negative", "negative_2", ...
 NEGATIVES = 8
-# Queries that are compared with all passages at a time.
-_BLOCK = 1024
 
 
 class _Sentences(LearningTask):
@@ -60,15 +58,6 @@ class _Sentences(LearningTask):
         truncated = int(tokens.truncated.sum())
         return Examples(tokens.input_ids, tokens.token_type_ids, texts, labels, truncated, rows.records)
 
-    def _places(self, draft: Draft) -> np.ndarray:
-        """Where the texts of examples are among the segments of all rows, int32 [columns, size]; -1 for none."""
-        packed = draft.packed
-        of_text = np.empty(len(packed.items), np.int32)
-        of_text[packed.items] = packed.rows * draft.layout.segments + packed.segments
-        places = np.full((draft.layout.size, len(self.columns)), -1, np.int32)
-        places[: len(draft.chosen)][draft.examples.texts[draft.chosen] >= 0] = of_text
-        return np.ascontiguousarray(places.T)
-
     def _save(self, model: SentenceModel, folder: Path) -> None:
         self._encoder(model).save_pretrained(folder, force=True)
 
@@ -96,27 +85,18 @@ class RankPassages(_Sentences):
 
     def labels(self, draft: Draft) -> dict[str, np.ndarray]:
         """See `LearningTask`."""
-        return {"places": self._places(draft)}
+        return {"places": places_of(draft)}
 
     def objective(self, model: SentenceModel, layout: Layout) -> Objective:
         """See `LearningTask`."""
         return ranking_objective(model, dims=self.dims, max_segments=layout.segments)
 
     def metrics(self, model: SentenceModel, examples: Examples, losses: dict[str, float]) -> dict[str, float]:
-        """How often a query's own passage is the nearest of all (accuracy), and the mean of 1 / its rank (mrr)."""
+        """See `metrics.ranking_metrics`."""
         queries, passages = (
             self._vectors(model, [record[column] for record in examples.records]) for column in self.columns[:2]
         )
-        ranks = np.concatenate([_ranks(queries, passages, first) for first in range(0, len(queries), _BLOCK)])
-        return {"accuracy": float((ranks == 1).mean()), "mrr": float((1 / ranks).mean())}
-
-
-def _ranks(queries: np.ndarray, passages: np.ndarray, first: int) -> np.ndarray:
-    """The ranks of some queries' own passages, counted from 1; of equal ones the last."""
-    scores = queries[first : first + _BLOCK] @ passages.T
-    own = scores[np.arange(len(scores)), first + np.arange(len(scores))]
-    # A rank of NaN is none: a model that has diverged does not find everything.
-    return np.where(np.isnan(own), np.nan, (scores >= own[:, None]).sum(1))
+        return ranking_metrics(queries, passages)
 
 
 class CompareTexts(_Sentences):
@@ -145,7 +125,7 @@ class CompareTexts(_Sentences):
 
     def labels(self, draft: Draft) -> dict[str, np.ndarray]:
         """See `LearningTask`."""
-        return {"places": self._places(draft), "labels": of_examples(draft, draft.examples.labels[draft.chosen])}
+        return {"places": places_of(draft), "labels": of_examples(draft, draft.examples.labels[draft.chosen])}
 
     def objective(self, model: SentenceModel, layout: Layout) -> Objective:
         """See `LearningTask`."""
