@@ -4,9 +4,10 @@
     python -m benchmarks.corpus rate MODEL [--texts FILE] [--rows N] [--rounds N] [--dtype DTYPE] [--save NAME]
 
 `memory` makes rows of a few words and a tiny random model, and runs a job over them in a process of its own that looks
-at its memory all the time; then it checks that row i is output i and that the counts are exact. `rate` has two
-processes, which take turns (A B A B ...): one runs a job from Parquet to Parquet, the other has read the texts and
-calls `SentenceEncoder.encode`. Both have loaded the model and compiled before; vectors are compared first.
+at its memory all the time; then it checks that row i is output i and that the counts are exact. `rate` has one process,
+in which two things take turns, each first every other time: a job from Parquet to Parquet, which plans and compiles
+anew, and `SentenceEncoder.encode` of texts that are in memory, by a model that is loaded and compiled. Vectors are
+compared first.
 """
 
 import json
@@ -208,23 +209,25 @@ def write_texts(path: Path, source: Path | None, rows: int) -> int:
 
 
 def take_turns(folder: Path, model: Path, rounds: int, dtype: str) -> dict[str, Any]:
-    """Runs a job and encodes in memory in turn, after a first part of each that is not measured."""
-    workers = {kind: timing.Worker("benchmarks.corpus", "--work") for kind in ("job", "encode")}
+    """Runs a job and encodes in memory in turn, each first every other time; a first part of each is not measured."""
+    # One process for both: they share a library, its threads and its allocator, so nothing but what they do differs.
+    worker = timing.Worker("benchmarks.corpus", "--work")
     options = {"inputs": str(folder / "texts.parquet"), "model": str(model), "dtype": dtype}
-    job = {"do": "job", "out": str(folder / "out"), "carried": None, "shards": None, **options}
-    in_memory = {"do": "encode", "out": str(folder / "vectors.npy"), **options}
-    workers["job"].ask(**job | {"inputs": str(folder / "first.parquet")})
-    workers["encode"].ask(**in_memory, rows=_FIRST)
+    asked = {
+        "job": {"do": "job", "out": str(folder / "out"), "carried": None, "shards": None, **options},
+        "encode": {"do": "encode", "out": str(folder / "vectors.npy"), **options},
+    }
+    worker.ask(**asked["job"] | {"inputs": str(folder / "first.parquet")})
+    worker.ask(**asked["encode"], rows=_FIRST)
     turns: dict[str, list[Any]] = {"job": [], "encode": []}
     for number in range(rounds):
-        turns["job"].append(workers["job"].ask(**job))
-        turns["encode"].append(workers["encode"].ask(**in_memory, rows=None))
+        for kind in list(turns)[:: 1 if number % 2 == 0 else -1]:
+            turns[kind].append(worker.ask(**asked[kind], **({"rows": None} if kind == "encode" else {})))
         if number == 0:
             difference = largest_difference(folder / "out", folder / "vectors.npy")
             assert difference < (1e-5 if dtype == "float32" else 0.1), difference
         click.echo(f"round {number + 1} of {rounds} done", err=True)
-    for worker in workers.values():
-        worker.close()
+    worker.close()
     return {**turns, "difference": difference}
 
 

@@ -60,7 +60,7 @@ def run(kind: str, path: Path, devices: int) -> dict[str, Any]:
     return found
 
 
-def report(found: dict[str, Any], devices: int, command: str) -> str:
+def report(found: dict[str, Any], devices: int, machine: dict[str, Any], command: str) -> str:
     """What was found, for a person to read."""
     names = {"one": "one device", "replicated": f"{devices}, replicated", "full": f"{devices}, fully sharded"}
     rows = [["", *_COLUMNS.values(), "first loss", "last loss", "largest difference in loss"]]
@@ -73,7 +73,7 @@ def report(found: dict[str, Any], devices: int, command: str) -> str:
         [
             f"# Training over {devices} devices: what each holds, and what is learnt",
             "",
-            timing.describe_machine(timing.machine()),
+            timing.describe_machine(machine),
             "",
             f"`{command}`",
             "",
@@ -109,10 +109,12 @@ def main(text: str, devices: int, steps: int, size: str, name: str | None) -> No
         path.write_bytes(pickle.dumps({"start": str(folder / "start"), "steps": made, "rate": 1e-3, "most": most}))
         found = {kind: run(kind, path, devices) for kind in KINDS}
     command = f"python -m benchmarks.devices --text FILE --devices {devices} --steps {steps} --size {size}"
-    result = report(found, devices, command)
+    machine = timing.machine()
+    result = report(found, devices, machine, command)
     click.echo(result)
     if name:
-        click.echo(f"written to {timing.save(name, result, {'command': command, 'found': found})}")
+        data = {"machine": machine, "command": command, "found": found}
+        click.echo(f"written to {timing.save(name, result, data)}")
 
 
 if __name__ == "__main__":

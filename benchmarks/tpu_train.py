@@ -73,7 +73,7 @@ def compile_step(chip: str, size: str, shape: str, rules: str) -> dict[str, Any]
     }
 
 
-def report(cases: list[dict[str, Any]], command: str) -> str:
+def report(cases: list[dict[str, Any]], machine: dict[str, Any], command: str) -> str:
     """What the compiler says, for a person to read."""
     rows = [
         ["", "devices", "parameters", "state, MB a device", "memory, MB a device", "cycles a position", *_COLLECTIVES]
@@ -84,7 +84,7 @@ def report(cases: list[dict[str, Any]], command: str) -> str:
         where = f"{each['chip']}, {each['size']}, {each['shape']} a device"
         rows.append([where, str(each["devices"]), each["rules"], *sizes, f"{each['cycles_per_position']:,.0f}", *found])
     title = "# A masked-language-modelling step for slices of TPUs: COMPILER ESTIMATES, not measured"
-    return "\n".join([title, "", timing.describe_machine(timing.machine()), "", f"`{command}`", "", timing.table(rows)])
+    return "\n".join([title, "", timing.describe_machine(machine), "", f"`{command}`", "", timing.table(rows)])
 
 
 @click.command()
@@ -105,10 +105,12 @@ def main(chips: tuple[str, ...], size: str, shape: str, to_json: bool, name: str
     command = (
         f"python -m benchmarks.tpu_train {' '.join(f'--chip {chip}' for chip in chips)} --size {size} --shape {shape}"
     )
-    text = report(cases, command)
+    machine = timing.machine()
+    text = report(cases, machine, command)
     click.echo(text)
     if name:
-        click.echo(f"written to {timing.save(name, text, {'command': command, 'cases': cases})}")
+        data = {"machine": machine, "command": command, "cases": cases}
+        click.echo(f"written to {timing.save(name, text, data)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """`bertjax train`: a run of training as a file of settings says."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -43,8 +45,7 @@ def train(config: Path | None, show_options: bool) -> None:
     from bertjax.training.setup import trainer_of
 
     settings = read_settings(config)
-    _speak()
-    with stopping("finishing the step in hand") as stop:
+    with _speaking(), stopping("finishing the step in hand") as stop:
         report = trainer_of(settings).run(stop)
     steps = f"{report.steps} of {report.total_steps} steps"
     if not report.is_done:
@@ -54,10 +55,18 @@ def train(config: Path | None, show_options: bool) -> None:
     click.echo(f"{report.model}: the state after {report.step_saved} of {report.total_steps} steps{found}")
 
 
-def _speak() -> None:
+@contextlib.contextmanager
+def _speaking() -> Iterator[None]:
     """Shows what a run logs of itself on standard error, with the time: where that is no terminal, there is no bar."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     logger = logging.getLogger("bertjax.training")
+    before = logger.level, logger.handlers, logger.propagate
+    # Libraries that a run uses have handlers of their own for whatever is logged, and would say it all again.
     logger.setLevel(logging.INFO)
-    logger.handlers = [handler]  # in the place of an earlier call's
+    logger.handlers, logger.propagate = [handler], False
+    try:
+        yield
+    finally:
+        logger.setLevel(before[0])
+        logger.handlers, logger.propagate = before[1:]
