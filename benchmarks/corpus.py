@@ -215,14 +215,14 @@ def take_turns(folder: Path, model: Path, rounds: int, dtype: str) -> dict[str, 
     options = {"inputs": str(folder / "texts.parquet"), "model": str(model), "dtype": dtype}
     asked = {
         "job": {"do": "job", "out": str(folder / "out"), "carried": None, "shards": None, **options},
-        "encode": {"do": "encode", "out": str(folder / "vectors.npy"), **options},
+        "encode": {"do": "encode", "out": str(folder / "vectors.npy"), "rows": None, **options},
     }
     worker.ask(**asked["job"] | {"inputs": str(folder / "first.parquet")})
-    worker.ask(**asked["encode"], rows=_FIRST)
+    worker.ask(**asked["encode"] | {"rows": _FIRST})
     turns: dict[str, list[Any]] = {"job": [], "encode": []}
     for number in range(rounds):
         for kind in list(turns)[:: 1 if number % 2 == 0 else -1]:
-            turns[kind].append(worker.ask(**asked[kind], **({"rows": None} if kind == "encode" else {})))
+            turns[kind].append(worker.ask(**asked[kind]))
         if number == 0:
             difference = largest_difference(folder / "out", folder / "vectors.npy")
             assert difference < (1e-5 if dtype == "float32" else 0.1), difference

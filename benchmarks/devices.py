@@ -51,10 +51,9 @@ def work(kind: str, path: str) -> dict[str, Any]:
     return {"losses": losses, "bytes": held | {"temporary": analysis.temp_size_in_bytes}}
 
 
-def run(kind: str, path: Path, devices: int) -> dict[str, Any]:
+def run(kind: str, path: Path) -> dict[str, Any]:
     """What a process of its own says."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
-    worker = timing.Worker("benchmarks.devices", "--work", kind, str(path), environment={"XLA_FLAGS": flags})
+    worker = timing.Worker("benchmarks.devices", "--work", kind, str(path))
     found = worker.ask()
     worker.close()
     return found
@@ -93,9 +92,9 @@ def report(found: dict[str, Any], devices: int, machine: dict[str, Any], command
 @click.option("--save", "name", help="Write the result to benchmarks/results under this name.")
 def main(text: str, devices: int, steps: int, size: str, name: str | None) -> None:
     """Compares training over several devices with one."""
-    # The batches are made here, for as many devices as there will be.
+    # For this process, which makes the batches for as many devices, and for those that it starts.
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    from benchmarks.learn import new_bert
+    from benchmarks.learn import job_of, new_bert
     from bertjax.sharding import data_mesh
     from bertjax.training.batches import Batches
 
@@ -103,11 +102,9 @@ def main(text: str, devices: int, steps: int, size: str, name: str | None) -> No
         folder = Path(temporary)
         task, examples, _ = new_bert(text, 8000, size, folder)
         batches = Batches(task, examples, batch_size=32, mesh=data_mesh())
-        made = [{key: np.asarray(array) for key, array in batches.make(step).arrays.items()} for step in range(steps)]
-        most = max(int((batch["labels"] != -100).sum()) for batch in made)
         path = folder / "job.pickle"
-        path.write_bytes(pickle.dumps({"start": str(folder / "start"), "steps": made, "rate": 1e-3, "most": most}))
-        found = {kind: run(kind, path, devices) for kind in KINDS}
+        path.write_bytes(pickle.dumps(job_of("words", folder / "start", batches, steps, 1e-3)))
+        found = {kind: run(kind, path) for kind in KINDS}
     command = f"python -m benchmarks.devices --text FILE --devices {devices} --steps {steps} --size {size}"
     machine = timing.machine()
     result = report(found, devices, machine, command)

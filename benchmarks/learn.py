@@ -180,9 +180,9 @@ def compare(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"turns": turns, "tokens": tokens}
 
 
-def job_of(kind: str, start: Path, batches: Any, epochs: int, rate: float) -> dict[str, Any]:
-    """All batches of a run, as numpy arrays."""
-    made = [batches.make(step).arrays for step in range(epochs * batches.steps_per_epoch)]
+def job_of(kind: str, start: Path, batches: Any, count: int, rate: float) -> dict[str, Any]:
+    """A run of so many steps, with all its batches as numpy arrays."""
+    made = [batches.make(step).arrays for step in range(count)]
     steps = [{name: np.asarray(array) for name, array in arrays.items()} for arrays in made]
     most = max(int((batch["labels"] != -100).sum()) for batch in steps) if kind == "words" else None
     return {
@@ -268,7 +268,7 @@ def entities(model: Path, train: str, dev: str, epochs: int, rate: float, name: 
         new = from_pretrained(model, BertForTokenClassification, **fresh)
         new.save_pretrained(folder / "start", tokenizer=tokenizer)
         batches = Batches(task, examples, batch_size=32)
-        found = compare(job_of("entities", folder / "start", batches, epochs, rate), folder)
+        found = compare(job_of("entities", folder / "start", batches, epochs * batches.steps_per_epoch, rate), folder)
         scores = {each: task.metrics(from_pretrained(folder / each), held_out, {}) for each in ("jax", "torch")}
     table = [["", "bertjax", "torch"]]
     table += [[what, *(f"{scores[each][what]:.4f}" for each in scores)] for what in scores["jax"]]
@@ -308,7 +308,7 @@ def similarity(model: Path, pairs: Path, epochs: int, rate: float, name: str | N
         folder = Path(temporary)
         encoder.save_pretrained(folder / "start")
         batches = Batches(task, examples, batch_size=32)
-        found = compare(job_of("similarity", folder / "start", batches, epochs, rate), folder)
+        found = compare(job_of("similarity", folder / "start", batches, epochs * batches.steps_per_epoch, rate), folder)
         scores = {
             each: task.metrics(SentenceEncoder.from_pretrained(folder / each).model, held_out, {})
             for each in ("start", "jax", "torch")
@@ -336,7 +336,7 @@ def words(text: str, vocabulary: int, epochs: int, rate: float, size: str, name:
         folder = Path(temporary)
         task, examples, held_out = new_bert(text, vocabulary, size, folder)
         batches = Batches(task, examples, batch_size=32)
-        found = compare(job_of("words", folder / "start", batches, epochs, rate), folder)
+        found = compare(job_of("words", folder / "start", batches, epochs * batches.steps_per_epoch, rate), folder)
         unseen = list(Batches(task, held_out, batch_size=32).all())
         models = {each: from_pretrained(folder / each) for each in ("start", "jax", "torch")}
         scores = {each: {"loss": held_out_loss(models[each], unseen)} for each in models}

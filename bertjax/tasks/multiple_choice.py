@@ -9,7 +9,7 @@ import numpy as np
 from bertjax.engine import Encoded, Window
 from bertjax.errors import InputError
 from bertjax.heads import BertForMultipleChoice
-from bertjax.packing import PackedBatch, max_segments
+from bertjax.packing import PackedBatch
 from bertjax.tasks.base import Plan, Task, softmax
 from bertjax.text_inputs import check_text
 
@@ -76,7 +76,7 @@ class MultipleChoice(Task):
             parts = zip(window.encoded.items, np.split(logits, ends), strict=True)
             return [_chosen(choices, softmax(part) if apply_softmax else part) for (_, choices), part in parts]
 
-        return Plan(self._encode_choices, self._run_scores, read)
+        return Plan(self._encode_choices, self._run_pooled, read)
 
     def _encode_choices(self, items: list[TextAndChoices], position: int) -> Encoded:
         """A row for each choice of each text; what is longer than the model takes loses its end."""
@@ -86,8 +86,8 @@ class MultipleChoice(Task):
         choices = [choice for _, of_text in parsed for choice in of_text]
         return Encoded(parsed, self.tokenizer(texts, choices, max_length=self.max_length), owners)
 
-    def _run_scores(self, batch: PackedBatch) -> Any:
-        return self.model.score(**batch.inputs(), max_segments=max_segments(batch.input_ids.shape[1])).logits
+    def _call(self, batch: PackedBatch, **options: Any) -> Any:
+        return self.model.score(**batch.inputs(), **options)
 
 
 def _chosen(choices: list[str], scores: np.ndarray) -> Choice:

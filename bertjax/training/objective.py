@@ -98,12 +98,17 @@ def choice_objective(model: BertForMultipleChoice, *, max_segments: int | None =
     graphdef, _ = nnx.split(model)
 
     def losses(params: Params, batch: Batch, key: jax.Array) -> Terms:
-        inputs = {name: array for name, array in batch.items() if name not in ("places", "labels")}
+        inputs = _inputs(batch)
         scores = nnx.merge(graphdef, params).score(**inputs, max_segments=max_segments, dropout_key=key).logits
         # What is not there is never chosen, and its gradient is zero.
         return (cross_entropy(_at_places(scores.reshape(-1), batch["places"], _NEVER).T, batch["labels"]),)
 
     return Objective(losses, lambda batch: (_count(batch["labels"]),))
+
+
+def _inputs(batch: Batch) -> dict[str, jax.Array]:
+    """What a model takes of a batch that says where the texts of its examples are."""
+    return {name: array for name, array in batch.items() if name not in ("places", "labels")}
 
 
 def _at_places(values: jax.Array, places: jax.Array, absent: float) -> jax.Array:
@@ -125,7 +130,7 @@ def _vector_objective(
 
     def losses(params: Params, batch: Batch, key: jax.Array) -> Terms:
         given = {name: batch[name] for name in names}
-        inputs = {name: array for name, array in batch.items() if name not in ("places", "labels")}
+        inputs = _inputs(batch)
         vectors = apply(params, **inputs, max_segments=max_segments, dropout_key=key)
         vectors = vectors.reshape(-1, vectors.shape[-1])
         columns = _at_places(vectors, batch["places"], 0.0)

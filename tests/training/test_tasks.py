@@ -163,20 +163,28 @@ TRIPLES = [
 ]
 
 
+def first_batch(task, examples):
+    """A batch of four, which examples it has, and what tells the tokens at a place of it."""
+    batches = Batches(task, examples, batch_size=4)
+    arrays = {name: np.asarray(array) for name, array in batches.make(0).arrays.items()}
+
+    def tokens_at(place):
+        row, segment = divmod(int(place), batches.layout.segments)
+        return arrays["input_ids"][row, arrays["segment_ids"][row] == segment + 1].tolist()
+
+    return arrays, batches._chosen(0), tokens_at
+
+
 def test_places_are_those_of_the_texts(tokenizer, spec):
     task = ranking(tokenizer, spec)
     examples, rows = task.examples(rows_of(TRIPLES))
     assert not rows.bad
-    batches = Batches(task, examples, batch_size=4)
-    arrays = {name: np.asarray(array) for name, array in batches.make(0).arrays.items()}
+    arrays, chosen, tokens_at = first_batch(task, examples)
     assert arrays["places"].shape == (4, 4)
-    chosen = batches._chosen(0)
     for column, name in enumerate(task.columns):
         for place, example in zip(arrays["places"][column], [*chosen, None], strict=True):
             text = None if example is None else TRIPLES[example][name]
-            row, segment = divmod(int(place), batches.layout.segments)
-            found = arrays["input_ids"][row, arrays["segment_ids"][row] == segment + 1].tolist()
-            assert (place == -1) if text is None else (found == tokenizer([text]).input_ids[0].tolist())
+            assert (place == -1) if text is None else (tokens_at(place) == tokenizer([text]).input_ids[0].tolist())
 
 
 CHOICES = [
@@ -190,19 +198,15 @@ def test_choices_stand_at_their_places(tokenizer):
     task = ChooseTexts(tokenizer, 16)
     examples, rows = task.examples(rows_of(CHOICES))
     assert not rows.bad
-    batches = Batches(task, examples, batch_size=4)
-    arrays = {name: np.asarray(array) for name, array in batches.make(0).arrays.items()}
+    arrays, chosen, tokens_at = first_batch(task, examples)
     assert arrays["places"].shape == (3, 4)
-    chosen = batches._chosen(0)
     assert arrays["labels"].tolist() == [*(int(CHOICES[example]["label"]) for example in chosen), IGNORED]
     for example, column in zip(chosen, arrays["places"].T, strict=False):
         record = CHOICES[example]
         choices = record["choices"].split("|") if isinstance(record["choices"], str) else record["choices"]
         assert (column >= 0).sum() == len(choices)
         for choice, place in zip(choices, column, strict=False):
-            row, segment = divmod(int(place), batches.layout.segments)
-            found = arrays["input_ids"][row, arrays["segment_ids"][row] == segment + 1].tolist()
-            assert found == tokenizer([record["text"]], [choice]).input_ids[0].tolist()
+            assert tokens_at(place) == tokenizer([record["text"]], [choice]).input_ids[0].tolist()
     assert (arrays["places"][:, 3] == -1).all()
 
 

@@ -11,7 +11,7 @@ from bertjax.training.metrics import choice_metrics
 from bertjax.training.objective import Objective, choice_objective
 from bertjax.training.rows import Rows
 from bertjax.training.tasks.base import Draft, Examples, Layout, LearningTask, check_texts, of_examples, places_of
-from bertjax.training.tasks.classification import parts
+from bertjax.training.tasks.classification import number_below, parts
 
 
 class ChooseTexts(LearningTask):
@@ -62,7 +62,6 @@ def _reason(record: Mapping[str, Any]) -> str | None:
     choices, label = parts(record["choices"]), record["label"]
     if len(choices) < 2 or not all(isinstance(choice, str) for choice in choices):
         return f"its choices are {record['choices']!r:.60}, expected a list of two texts or more"
-    number = int(label) if isinstance(label, str) and label.isdecimal() else label
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(choices):
+    if number_below(len(choices), label) is None:
         return f"its label is {label!r:.60}, expected the place of one of {len(choices)} choices, counted from 0"
     return None

@@ -98,11 +98,17 @@ def label_id(value: Any, ids: dict[str, int]) -> int | str:
     """The number of a label that is given by its name or its number, or why it is none."""
     if isinstance(value, str) and value in ids:
         return ids[value]
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(ids):
+    number = number_below(len(ids), value)
+    if number is not None:
         return number
     names = ", ".join(map(repr, list(ids)[:10])) + (", ..." if len(ids) > 10 else "")
     return f"its label is {value!r:.60}, expected one of {names}, or a number below {len(ids)}"
+
+
+def number_below(count: int, value: Any) -> int | None:
+    """The number from 0 to count - 1 that a value is, or that its digits are; None if it is none."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return number if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count else None
 
 
 def names_of(values: Sequence[Any]) -> list[str]:
