@@ -11,7 +11,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = Path("bertjax/cpu")
 # What a CPU must have is checked when the library is loaded, so what it was compiled on makes no difference.
 FLAGS = """-O3 -std=c++17 -mavx2 -mfma -mbmi2 -mlzcnt -mpopcnt -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16
--mamx-tile -mamx-bf16 -mamx-int8 -mtune=sapphirerapids -Wno-attributes -Wno-return-type"""
+-mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8 -mtune=sapphirerapids -Wno-attributes -Wno-return-type"""
 
 
 def extensions() -> list[Extension]:

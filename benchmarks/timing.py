@@ -21,6 +21,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
+# What of a CPU decides how fast matrix products can be.
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 _PACKAGES = (
     "bertjax jax jaxlib flax optax numpy torch transformers sentence-transformers tokenizers onnxruntime onnx "
     "keras keras-hub"
@@ -140,7 +142,7 @@ def machine() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "cpu": cpu[0] if cpu else platform.processor(),
         "cores": os.cpu_count(),
-        "features": [name for name in ("avx2", "avx512f", "amx_bf16", "amx_int8") if name in flags],
+        "features": [name for name in _FEATURES if name in flags],
         "gpu": gpu_name(),
         "python": platform.python_version(),
         "versions": versions(),

@@ -31,7 +31,8 @@ CONFIG = BertConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2, num_atte
 FILL_MASK = Path(__file__).parent / "data/tasks/fill_mask/model"
 EPSILON = np.finfo(np.float32).eps
 # Where the native encoder can compute in int8, it is tested, too.
-NATIVE = ["auto"] * ("int8" in library._INSTRUCTIONS and not library.missing_instructions("int8"))
+WAYS = library.possible_ways("int8")
+NATIVE = ["auto"] * bool(WAYS)
 ATTENTION = ["xla", *NATIVE]
 
 
@@ -158,16 +159,20 @@ def test_states_are_near_those_in_float32(attention, models, exact):
     assert 1e-6 < found.max() < 5e-4
 
 
-@pytest.mark.parametrize("attention", NATIVE)
-def test_the_native_encoder_computes_the_same(attention, models, exact):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_native_encoder_computes_the_same(way, models, exact, monkeypatch):
+    monkeypatch.setattr("bertjax.cpu.encoder.ways", lambda dtype: [way])
+    apply, params = functional(models["auto"])
+    native = jax.jit(lambda params, inputs: apply(params, **inputs))
     for inputs in (packed(), {"input_ids": packed()["input_ids"][:1, :33]}):
         real = inputs.get("segment_ids", np.ones(inputs["input_ids"].shape)) > 0
-        found, expected = (states(models[kind], inputs)[real] for kind in (attention, "xla"))
+        found = np.asarray(native(params, inputs).last_hidden_state)[real]
+        expected = states(models["xla"], inputs)[real]
         # Both round the same numbers, but not those that rounding errors move to another level.
         assert angles(found, expected).max() < angles(expected, states(exact, inputs)[real]).max()
-    apply, params = functional(models[attention])
-    program = jax.jit(lambda params: apply(params, **packed())).lower(params).as_text()
+    program = native.lower(params, packed()).as_text()
     assert program.count(f"@{library.TARGET}") == 1
+    assert f"way = {way:d} : i64" in program
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

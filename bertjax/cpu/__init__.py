@@ -1,4 +1,4 @@
-"""The whole encoder as one native call, for CPUs with AVX-512 (float32) or AMX (bfloat16 and int8).
+"""The whole encoder as one native call, for CPUs with AVX-512, and in bfloat16 and int8 with its extensions or AMX.
 
 XLA's own matrix products reach about half of what such a CPU can do, so `encoder.cc` has all layers as one custom call,
 which XLA runs in the middle of an ordinary program, on its own threads. It is compiled when bertjax is installed, where

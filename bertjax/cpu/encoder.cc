@@ -20,6 +20,8 @@
 #include "crew.h"
 #include "matmul.h"
 #include "memory.h"
+#include "registers.h"
+#include "tiles.h"
 #include "vectors.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -137,7 +139,7 @@ class Encoder {
   }
 
  private:
-  static constexpr bool kSame = std::is_same_v<T, float>, kUnits = std::is_same_v<T, int8_t>;
+  static constexpr bool kSame = std::is_same_v<T, float>, kUnits = sizeof(T) == 1;
 
   // Rows are followed by a gap: were they a multiple of 4096 bytes apart, a chunk's would compete for one set of the
   // first-level cache.
@@ -271,8 +273,8 @@ ffi::Error Run(ffi::ThreadPool& pool, const Sizes& sizes, const Segments& segmen
 // `parameters` are in the order of `Parameters`: six kernels, float32, bfloat16 or int8, and ten vectors, float32; to
 // kernels in int8 belong six more.
 ffi::Error Call(ffi::ThreadPool pool, Floats x, Ints query_segments, Ints key_segments, ffi::RemainingArgs parameters,
-                ffi::Result<Floats> y, int64_t heads, float eps, int64_t compute) {
-  const size_t expected = compute == 2 ? 22 : 16;
+                ffi::Result<Floats> y, int64_t heads, float eps, int64_t way) {
+  const size_t expected = way >= 3 ? 22 : 16;
   if (parameters.size() != expected) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: a wrong number of parameters");
   }
@@ -296,11 +298,16 @@ ffi::Error Call(ffi::ThreadPool pool, Floats x, Ints query_segments, Ints key_se
                                vector(18), vector(19), vector(20), vector(21)};
     return Run<decltype(way), Source>(pool, sizes, segments, x.typed_data(), p, y->typed_data());
   };
+  // The numbers are those of `Way` in library.py.
   const auto stored = buffer(0).element_type();
-  if (compute == 0 && stored == ffi::F32) return run(F32(), float());
-  if (compute == 1 && stored == ffi::F32) return run(BF16(), float());
-  if (compute == 1 && stored == ffi::BF16) return run(BF16(), bf16());
-  if (compute == 2 && stored == ffi::S8) return run(I8(), int8_t());
+  if (way == 0 && stored == ffi::F32) return run(F32(), float());
+  if (way == 1 && stored == ffi::F32) return run(TileBF16(), float());
+  if (way == 1 && stored == ffi::BF16) return run(TileBF16(), bf16());
+  if (way == 2 && stored == ffi::F32) return run(DotBF16(), float());
+  if (way == 2 && stored == ffi::BF16) return run(DotBF16(), bf16());
+  if (way == 3 && stored == ffi::S8) return run(TileI8(), int8_t());
+  if (way == 4 && stored == ffi::S8) return run(DotI8<DotBF16>(), int8_t());
+  if (way == 5 && stored == ffi::S8) return run(DotI8<F32>(), int8_t());
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: kernels of this dtype are not multiplied like that");
 }
 
@@ -320,4 +327,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(bertjax_encoder, bertjax::Call,
                                   .Ret<bertjax::Floats>()
                                   .Attr<int64_t>("heads")
                                   .Attr<float>("eps")
-                                  .Attr<int64_t>("compute"));
+                                  .Attr<int64_t>("way"));

@@ -9,7 +9,7 @@ from flax import nnx
 
 from bertjax.attention import Segments
 from bertjax.config import BertConfig
-from bertjax.cpu.library import TARGET, library_problem
+from bertjax.cpu.library import TARGET, library_problem, ways
 from bertjax.int8 import Int8Linear, is_int8
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 # The library works on blocks of columns and has no code for what is left over; in int8 those of a product are wider.
 _BLOCK, _INT8_BLOCK = 32, 64
-# What the library calls the compute dtypes.
-_COMPUTE = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
 def problem(config: BertConfig, dtype: jax.typing.DTypeLike) -> str | None:
@@ -76,7 +74,7 @@ def encode(
         *scales,
         heads=np.int64(config.num_attention_heads),
         eps=np.float32(config.layer_norm_eps),
-        compute=np.int64(_COMPUTE[jnp.dtype(dtype).name]),
+        way=np.int64(ways(jnp.dtype(dtype).name)[0]),
     )
 
 

@@ -1,6 +1,7 @@
 """The compiled library: whether it is there, what this CPU has of what it needs, and making XLA know it."""
 
 import ctypes
+import enum
 import functools
 import logging
 import platform
@@ -14,10 +15,33 @@ logger = logging.getLogger(__name__)
 TARGET = "bertjax_encoder"
 LIBRARY = Path(__file__).with_name("libencoder.so")
 
-# By compute dtype, the instructions, as Linux spells them in /proc/cpuinfo.
+# As Linux spells them in /proc/cpuinfo.
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "bmi2", "abm", "popcnt")
 _AMX = (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16")
-_INSTRUCTIONS = {"float32": _AVX512, "bfloat16": _AMX, "int8": (*_AMX, "amx_int8")}
+
+
+class Way(enum.IntEnum):
+    """How matrices are multiplied; the numbers are those that the library knows."""
+
+    FLOAT32 = 0
+    AMX_BFLOAT16 = 1
+    AVX512_BFLOAT16 = 2
+    AMX_INT8 = 3
+    AVX512_INT8 = 4
+    #: What is in bfloat16 elsewhere, attention's own products, is in float32.
+    AVX512_INT8_FLOAT32 = 5
+
+
+# By compute dtype, with the instructions that each takes; the fastest first.
+_WAYS = {
+    "float32": {Way.FLOAT32: _AVX512},
+    "bfloat16": {Way.AMX_BFLOAT16: _AMX, Way.AVX512_BFLOAT16: (*_AVX512, "avx512_bf16")},
+    "int8": {
+        Way.AMX_INT8: (*_AMX, "amx_int8"),
+        Way.AVX512_INT8: (*_AVX512, "avx512_bf16", "avx512_vnni"),
+        Way.AVX512_INT8_FLOAT32: (*_AVX512, "avx512_vnni"),
+    },
+}
 
 
 def available(dtype: jax.typing.DTypeLike) -> bool:
@@ -28,22 +52,33 @@ def available(dtype: jax.typing.DTypeLike) -> bool:
 @functools.cache
 def library_problem(dtype: str) -> str | None:
     """What keeps the library from computing in this dtype on this machine, or None."""
-    if dtype not in _INSTRUCTIONS:
-        return f"it computes in {', '.join(_INSTRUCTIONS)}, not in {dtype}"
-    if missing := missing_instructions(dtype):
+    if dtype not in _WAYS:
+        return f"it computes in {', '.join(_WAYS)}, not in {dtype}"
+    if not possible_ways(dtype):
+        # The last takes the least.
+        missing = [name for name in list(_WAYS[dtype].values())[-1] if name not in _cpu_flags()]
         return f"in {dtype} it needs a CPU with {', '.join(missing)}"
     library = _load()
     if isinstance(library, str):
         return library
+    return None if ways(dtype) else "the operating system does not let this process use AMX"
+
+
+def possible_ways(dtype: str) -> list[Way]:
+    """The ways to compute in a dtype that this CPU has the instructions for, the fastest first."""
+    return [way for way, needed in _WAYS[dtype].items() if _cpu_flags().issuperset(needed)]
+
+
+def ways(dtype: str) -> list[Way]:
+    """Those of them that the operating system allows, too, where the library is there; the first is taken."""
+    return [way for way in possible_ways(dtype) if "amx_tile" not in _WAYS[dtype][way] or _amx_allowed()]
+
+
+@functools.cache
+def _amx_allowed() -> bool:
     # Linux lets a process use AMX's tiles only after it has asked.
-    if "amx_tile" in _INSTRUCTIONS[dtype] and library.bertjax_enable_amx() != 0:
-        return "the operating system does not let this process use AMX"
-    return None
-
-
-def missing_instructions(dtype: str) -> list[str]:
-    """What this CPU would need besides what it has, to compute in a dtype of `_INSTRUCTIONS`."""
-    return [name for name in _INSTRUCTIONS[dtype] if name not in _cpu_flags()]
+    library = _load()
+    return not isinstance(library, str) and library.bertjax_enable_amx() == 0
 
 
 @functools.cache

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace bertjax {
 
@@ -22,9 +23,10 @@ inline __m512 Load(const bf16* from) {
 }
 
 // Rounds a row to multiples of a 127th of its largest size, and returns that unit: it is no number if one of them is
-// none. The width is a multiple of sixteen.
-template <class From>
-float Quantize(const From* from, int64_t width, int8_t* to) {
+// none. Numbers without a sign are 128 more. The width is a multiple of sixteen.
+template <class From, class To>
+float Quantize(const From* from, int64_t width, To* to) {
+  const __m128i offset = _mm_set1_epi8(std::is_unsigned_v<To> ? -128 : 0);
   __m512 most = _mm512_setzero_ps(), zero = _mm512_setzero_ps();
   for (int64_t j = 0; j < width; j += 16) {
     const __m512 x = Load(from + j);
@@ -35,7 +37,7 @@ float Quantize(const From* from, int64_t width, int8_t* to) {
   const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
   for (int64_t j = 0; j < width; j += 16) {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(Load(from + j), inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm512_cvtsepi32_epi8(whole));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), offset));
   }
   return largest / 127.0f + _mm512_reduce_add_ps(zero);
 }
