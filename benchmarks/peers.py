@@ -387,7 +387,7 @@ def prepare(name: str, setting: Setting) -> None:
         raise Absent(f"does not compute in {setting.dtype}")
     for module in peer.imports:
         if importlib.util.find_spec(module) is None:
-            raise Absent(f"can't be imported: there is no {module} in {sys.executable}")
+            raise Absent(f"can't be imported: there is no {module} in its environment")
     if peer.prepare is not None:
         peer.prepare(setting)
 
