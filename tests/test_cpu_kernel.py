@@ -45,7 +45,8 @@ def draw(shape, *, lengths=None, packed=False, holes=False, nothing=False):
     if holes:
         inputs["attention_mask"] = ((index + np.arange(shape[0])[:, None]) % 3 != 1).astype(int)
     if packed:
-        ends = [shape[1] // 5, shape[1] // 2, shape[1] - 7]
+        # The first is so short that by itself it is computed in another way.
+        ends = [shape[1] // 14, shape[1] // 2, shape[1] - 7]
         number = 1 + np.searchsorted(ends, index, side="right")
         inputs["segment_ids"] = np.tile(np.where(number > len(ends), 0, number), (shape[0], 1))
     if nothing:
@@ -61,6 +62,7 @@ EMPTY_ROWS[3] = 1
 
 CASES = {
     "one token": (SMALL, draw((1, 1))),
+    "9 tokens": (WIDE, draw((1, 9))),
     "33 tokens": (WIDE, draw((1, 33))),
     "padded": (SMALL, draw((3, 128), lengths=[128, 77, 5])),
     "packed": (WIDE, draw((2, 128), packed=True)),

@@ -11,10 +11,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "crew.h"
 #include "memory.h"
 #include "panels.h"
+#include "stream.h"
 
 namespace bertjax {
 
@@ -65,12 +67,15 @@ struct Division {
 };
 
 // Computes `products` products of one matrix a, [rows, depth], with kernels [depth, columns], and hands each sixteen
-// numbers of the results to finish(product, row, column, numbers). Sums are float32 and run over the depth in one order
-// whatever the shape of a, so that in float32 a row's result does not depend on the others.
+// numbers of the results to finish(product, row, column, numbers). Sums are float32 and run over the depth in one
+// order, but for those of a few rows, so that in float32 a row's result hardly depends on the others.
 template <class Way, class Source, class Finish>
 void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a, int64_t stride,
             const Source* const* kernels, int64_t products, int64_t columns, const Finish& finish) {
   using T = typename Way::Type;
+  if constexpr (std::is_same_v<T, float>) {
+    if (rows <= kFewRows) return StreamMatMul(crew, rows, depth, a, stride, kernels, products, columns, finish);
+  }
   const Division d = Division::Of(products, rows, depth, columns, sizeof(T), Way::kPacking, crew.threads);
   const int64_t size = Way::Size(depth);
   crew.Run(products * d.blocks * d.parts, [&](int64_t task) {
