@@ -157,7 +157,6 @@ def memory(rows: int, name: str | None) -> None:
 
 def report_memory(found: dict[str, Any]) -> str:
     """What was measured, for a person to read."""
-    over_time = ", ".join(f"{value / 1e6:.0f}" for value in tenths(found["memory"]))
     seconds = ", ".join(f"{stage} {value:.1f}" for stage, value in found["last_run"]["seconds"].items())
     return "\n".join(
         [
@@ -172,9 +171,15 @@ def report_memory(found: dict[str, Any]) -> str:
             "",
             f"{found['rows'] / found['seconds']:,.0f} rows/s. Seconds at work in each stage: {seconds}.",
             "",
-            f"Memory of the process, the greatest in each tenth of the time, in MB: {over_time}.",
+            memory_over_time(found["memory"]),
         ]
     )
+
+
+def memory_over_time(seen: list[int]) -> str:
+    """The memory that a job held, in bytes, as a sentence."""
+    over_time = ", ".join(f"{value / 1e6:.0f}" for value in tenths(seen))
+    return f"Memory of the process, the greatest in each tenth of the job's time, in MB: {over_time}."
 
 
 @main.command()
@@ -265,6 +270,8 @@ def report_rate(found: dict[str, Any]) -> str:
             f"Rate of files to files as a part of that in memory: {timing.shown(np.divide(encoded, jobs).tolist())}. "
             f"Fill {last['fill']:.1%}, {last['last_run']['compiles']} shapes. "
             f"Seconds at work in each stage of the last job: {stages}.",
+            "",
+            memory_over_time(last["memory"]),
         ]
     )
 

@@ -62,7 +62,7 @@ def test_every_output_matches_torch_live(seed, tmp_path):
         type_vocab_size=int(rng.integers(1, 4)),
         hidden_act=str(rng.choice(["gelu", "gelu_new", "relu", "silu", "tanh"])),
         layer_norm_eps=float(rng.choice([1e-12, 1e-5, 1e-2])),
-        initializer_range=0.3,
+        initializer_range=0.2,
         attn_implementation="eager",
     )
     torch.manual_seed(seed)
