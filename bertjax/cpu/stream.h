@@ -51,7 +51,10 @@ void StreamMatMul(Crew& crew, int64_t rows, int64_t depth, const float* a, int64
                   int64_t products, int64_t columns, const Finish& finish) {
   static thread_local Scratch scratch;
   const int64_t steps = depth / kAtOnce, size = rows * columns;
-  const int64_t parts = std::min(steps, std::max<int64_t>(4, (2 * crew.threads + products - 1) / products));
+  // Enough for all threads, but for so many that all parts' sums would be more than a quarter of the kernel.
+  const int64_t wanted = std::max<int64_t>(4, (2 * crew.threads + products - 1) / products);
+  const int64_t most = std::max<int64_t>(4, depth / (4 * std::max<int64_t>(rows, 1)));
+  const int64_t parts = std::min({steps, wanted, most});
   float* all = scratch.Get<float>(products * parts * size * sizeof(float));
   crew.Run(products * parts, [&](int64_t task) {
     const int64_t part = task % parts;
