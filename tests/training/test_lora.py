@@ -86,7 +86,7 @@ def made_by_peft(model, folder, **options):
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(name)))
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
     quietly(made.save_pretrained, str(folder))
     return made.get_base_model()
 
