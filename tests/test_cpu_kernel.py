@@ -1,6 +1,7 @@
 """The native encoder beside the scan over layers that defines what it computes."""
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,7 @@ CASES = {
     "one token": (SMALL, draw((1, 1))),
     "9 tokens": (WIDE, draw((1, 9))),
     "33 tokens": (WIDE, draw((1, 33))),
+    "65 tokens": (WIDE, draw((1, 65))),
     "padded": (SMALL, draw((3, 128), lengths=[128, 77, 5])),
     "packed": (WIDE, draw((2, 128), packed=True)),
     "holes": (SMALL, draw((3, 41), holes=True)),
@@ -332,6 +334,42 @@ def test_an_adapter_is_left_to_the_scan():
     dense.__class__ = Adapted
     assert not cpu.is_plain(model.encoder.layers)
     assert TARGET not in program(model, {"input_ids": np.ones((1, 3), int)})
+
+
+MANY_THREADS = """
+import sys
+import jax.numpy as jnp, numpy as np
+from flax import nnx
+from bertjax import BertConfig, BertModel
+from bertjax.cpu import available
+
+assert available(sys.argv[1])
+config = BertConfig(vocab_size=50, hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512)
+models = [
+    BertModel(config, dtype=jnp.dtype(sys.argv[1]), attention=attention, rngs=nnx.Rngs(0))
+    for attention in ("auto", "xla")
+]
+for length in (1, 9, 40, 300):
+    ids = np.random.default_rng(length).integers(0, 50, (1, length))
+    found, expected = (np.asarray(model(ids).last_hidden_state) for model in models)
+    print(np.abs(found - expected).max())
+"""
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.05)][: len(DTYPES)])
+def test_many_threads_share_the_work(dtype, bound):
+    """Work is divided by the number of threads; here there are more than this machine may have cores."""
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_THREADS, dtype],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"NPROC": "24"},
+    )
+    assert done.returncode == 0, done.stderr
+    errors = [float(line) for line in done.stdout.split()]
+    assert len(errors) == 4
+    assert max(errors) < bound
 
 
 BUSY = """

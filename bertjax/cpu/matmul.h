@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "crew.h"
 #include "memory.h"
@@ -73,8 +72,10 @@ template <class Way, class Source, class Finish>
 void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a, int64_t stride,
             const Source* const* kernels, int64_t products, int64_t columns, const Finish& finish) {
   using T = typename Way::Type;
-  if constexpr (std::is_same_v<T, float>) {
-    if (rows <= kFewRows) return StreamMatMul(crew, rows, depth, a, stride, kernels, products, columns, finish);
+  if constexpr (Way::kFewRows > 0) {
+    if (rows <= Way::kFewRows) {
+      return StreamMatMul<Way>(crew, rows, depth, a, stride, kernels, products, columns, finish);
+    }
   }
   const Division d = Division::Of(products, rows, depth, columns, sizeof(T), Way::kPacking, crew.threads);
   const int64_t size = Way::Size(depth);
@@ -95,8 +96,8 @@ void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a
         Way::Multiply(end - begin, a + begin * stride, stride, panels + (j - first) / kPanel * size, depth, out, next);
         for (int64_t row = begin; row < end; ++row) {
           const float* sums = out + (row - begin) * kPanel;
-          finish(product, row, j, Way::Sums(sums));
-          finish(product, row, j + 16, Way::Sums(sums + 16));
+          finish(product, row, j, Way::ToFloat(_mm512_load_ps(sums)));
+          finish(product, row, j + 16, Way::ToFloat(_mm512_load_ps(sums + 16)));
         }
       }
     }

@@ -22,10 +22,13 @@ struct RegisterChunks {
   static void End() {}
 };
 
-// What the numbers of a word add to a sum, and where sums start: at zero, or at what the panel begins with.
+// What the numbers of a word add to sixteen sums. Sums start at zero, or at what the panel begins with.
 struct FromZero {
   static constexpr int64_t kStart = 0;
+  static constexpr bool kOffset = false;
   static __m512 Start(const float*) { return _mm512_setzero_ps(); }
+  static __m512 Plus(__m512 sum, __m512 other) { return _mm512_add_ps(sum, other); }
+  static __m512 ToFloat(__m512 sum) { return sum; }
 };
 struct Singles : FromZero {
   static __m512 Add(__m512 sum, __m512 x, __m512 y) { return _mm512_fmadd_ps(x, y, sum); }
@@ -33,12 +36,18 @@ struct Singles : FromZero {
 struct Pairs : FromZero {
   static __m512 Add(__m512 sum, __m512 x, __m512 y) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y); }
 };
+// The instruction wants one side without a sign, so activations, x, are 128 more than they stand for.
 struct Fours {
   static constexpr int64_t kStart = kPanel;
+  static constexpr bool kOffset = true;
+  static __m512 Offset() { return (__m512)_mm512_set1_epi8(-128); }  // 128, as it is taken to have no sign
   static __m512 Start(const float* panel) { return _mm512_load_ps(panel); }
   static __m512 Add(__m512 sum, __m512 x, __m512 y) {
     return (__m512)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)y);
   }
+  static __m512 Plus(__m512 sum, __m512 other) { return (__m512)_mm512_add_epi32((__m512i)sum, (__m512i)other); }
+  static __m512 Minus(__m512 sum, __m512 other) { return (__m512)_mm512_sub_epi32((__m512i)sum, (__m512i)other); }
+  static __m512 ToFloat(__m512 sum) { return _mm512_cvtepi32_ps((__m512i)sum); }
 };
 
 // R rows of words x a panel -> [R, 32] sums; rows are `bytes` apart.
@@ -104,44 +113,44 @@ void MultiplyWords(int64_t rows, const void* a, int64_t bytes, const void* panel
   }
 }
 
-struct F32 : SinglePanels, RegisterChunks {
+struct F32 : SinglePanels, Singles, RegisterChunks {
   using Between = F32;                     // the way of attention
   static constexpr int64_t kPacking = 20;  // see Division
+  static constexpr int64_t kFewRows = 64;  // the most rows for which StreamMatMul is faster
 
   // [rows, depth] x a panel -> float32 [rows, 32]. `ahead` is fetched on the way.
   static void Multiply(int64_t rows, const float* a, int64_t stride, const float* panel, int64_t depth, float* out,
                        Ahead ahead) {
     MultiplyWords<Singles>(rows, a, stride * sizeof(float), panel, depth, out, ahead);
   }
-  static __m512 Sums(const float* out) { return _mm512_load_ps(out); }
 };
 
-struct DotBF16 : PairPanels, RegisterChunks {
+struct DotBF16 : PairPanels, Pairs, RegisterChunks {
   using Between = DotBF16;
   static constexpr int64_t kPacking = 20;
+  static constexpr int64_t kFewRows = 64;
 
   // The depth is even.
   static void Multiply(int64_t rows, const bf16* a, int64_t stride, const bf16* panel, int64_t depth, float* out,
                        Ahead ahead) {
     MultiplyWords<Pairs>(rows, a, stride * sizeof(bf16), panel, depth / 2, out, ahead.Every(2));
   }
-  static __m512 Sums(const float* out) { return _mm512_load_ps(out); }
 };
 
-// int8 x int8 -> int32, with `Attention` between these products. The instruction wants one side without a sign, so
-// activations are 128 more than they stand for; a panel begins with what that makes too much of each column, -128 times
-// the sum of its numbers.
+// int8 x int8 -> int32, with `Attention` between these products. A panel begins with what the offset of activations
+// makes too much of each column, -128 times the sum of its numbers.
 template <class Attention>
-struct DotI8 : FourPanels, RegisterChunks {
+struct DotI8 : FourPanels, Fours, RegisterChunks {
   using Type = uint8_t;
   using Between = Attention;
   static constexpr int64_t kPacking = 30;
+  static constexpr int64_t kFewRows = 48;
 
   static int64_t Size(int64_t depth) { return FourPanels::Size(depth) + kRow; }
 
   static void Pack(const int8_t* from, int64_t stride, int64_t depth, int64_t columns, uint8_t* to) {
     int8_t* panel = reinterpret_cast<int8_t*>(to);
-    FourPanels::Pack(from, stride, depth, columns, panel + kRow, Size(depth));
+    PackWords<FourPanels>(from, stride, depth, columns, panel + kRow, Size(depth));
     for (int64_t j = 0; j < columns; j += kPanel, panel += Size(depth)) {
       for (int64_t half = 0; half < kRow; half += 64) StartColumns(panel + half, depth);
     }
@@ -152,18 +161,14 @@ struct DotI8 : FourPanels, RegisterChunks {
                        Ahead ahead) {
     MultiplyWords<Fours>(rows, a, stride, panel, depth / 4, out, ahead.Every(4));
   }
-  static __m512 Sums(const float* out) { return _mm512_cvtepi32_ps(_mm512_load_si512(out)); }
 
  private:
   static constexpr int64_t kRow = kPanel * sizeof(int32_t);  // bytes of a panel's start, and of each row of fours
 
   static void StartColumns(int8_t* panel, int64_t depth) {
-    const __m512i offset = _mm512_set1_epi8(-128);  // 128, as it is taken to have no sign
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t row = 1; row <= depth / 4; ++row) {
-      sum = _mm512_dpbusd_epi32(sum, offset, _mm512_load_si512(panel + row * kRow));
-    }
-    _mm512_store_si512(panel, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t row = 1; row <= depth / 4; ++row) sum = Add(sum, Offset(), _mm512_load_ps(panel + row * kRow));
+    _mm512_store_ps(panel, Minus(_mm512_setzero_ps(), sum));
   }
 };
 

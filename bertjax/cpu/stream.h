@@ -1,4 +1,5 @@
-// Products of a few rows in float32: memory decides how fast they are, so kernels are read once, from front to back.
+// Products of a few rows: memory decides how fast they are, so kernels are read once, from front to back, and not
+// packed.
 
 #pragma once
 
@@ -14,64 +15,87 @@
 
 namespace bertjax {
 
-// The most rows for which it pays to leave a kernel as it is: more take longer to add than to read.
-constexpr int64_t kFewRows = 14;
-// Rows of a kernel that are added at once.
+// Words of a column that are added at once; with their 32 columns they take half of the vector registers.
 constexpr int64_t kAtOnce = 8;
 
-// Adds [rows, 8] x the 8 rows of a kernel [8, columns] to the sums [rows, columns], and fetches the next 8.
-inline void AddRows(int64_t rows, const float* a, int64_t stride, const float* kernel, int64_t columns, float* sums) {
-  for (int64_t j = 0; j < columns; j += 32) {
-    __m512 left[kAtOnce], right[kAtOnce];
+// Adds to 32 sums what those words make with x(0), ..., x(7).
+template <class Way, class X>
+void AddWords(const Words (&words)[kAtOnce], const X& x, float* sums) {
+  __m512 left = _mm512_load_ps(sums), right = _mm512_load_ps(sums + 16);
 #pragma GCC unroll 8
-    for (int i = 0; i < kAtOnce; ++i) {
-      const float* from = kernel + i * columns + j;
-      left[i] = _mm512_loadu_ps(from), right[i] = _mm512_loadu_ps(from + 16);
-      Prefetch(from + kAtOnce * columns);
-      Prefetch(from + kAtOnce * columns + 16);
+  for (int64_t i = 0; i < kAtOnce; ++i) {
+    const __m512 each = x(i);
+    left = Way::Add(left, each, words[i].left);
+    right = Way::Add(right, each, words[i].right);
+  }
+  _mm512_store_ps(sums, left);
+  _mm512_store_ps(sums + 16, right);
+}
+
+// Adds [rows, depth] x a kernel [depth, columns] to the sums, where the depth is that of kAtOnce words, and fetches the
+// kernel's next rows. Sums are [columns / 32, rows, 32], and those of the offset follow the rows, where there is one:
+// were the rows of sums as far apart as a kernel's, they would compete for one set of the first-level cache.
+template <class Way, class Source>
+void AddRows(int64_t rows, const typename Way::Type* a, int64_t stride, const Source* kernel, int64_t kernel_stride,
+             int64_t columns, float* sums) {
+  constexpr int64_t kDepth = kAtOnce * Way::kNumbers;
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    PrefetchRows(kernel + kDepth * kernel_stride + j, kernel_stride, kDepth);
+    Words words[kAtOnce];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kAtOnce; ++i) {
+      words[i] = Way::Load(kernel + i * Way::kNumbers * kernel_stride + j, kernel_stride);
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      float* to = sums + row * columns + j;
-      __m512 first = _mm512_load_ps(to), second = _mm512_load_ps(to + 16);
-#pragma GCC unroll 8
-      for (int i = 0; i < kAtOnce; ++i) {
-        const __m512 x = _mm512_set1_ps(a[row * stride + i]);
-        first = _mm512_fmadd_ps(x, left[i], first);
-        second = _mm512_fmadd_ps(x, right[i], second);
-      }
-      _mm512_store_ps(to, first);
-      _mm512_store_ps(to + 16, second);
+    for (int64_t row = 0; row < rows; ++row, sums += kPanel) {
+      const float* x = reinterpret_cast<const float*>(a + row * stride);
+      AddWords<Way>(words, [x](int64_t i) { return _mm512_set1_ps(x[i]); }, sums);
+    }
+    if constexpr (Way::kOffset) {
+      AddWords<Way>(words, [](int64_t) { return Way::Offset(); }, sums);
+      sums += kPanel;
     }
   }
 }
 
-// As MatMul in matmul.h. Each task takes a part of the depth, which lies together in memory; then the parts are added.
-template <class Finish>
-void StreamMatMul(Crew& crew, int64_t rows, int64_t depth, const float* a, int64_t stride, const float* const* kernels,
-                  int64_t products, int64_t columns, const Finish& finish) {
+// The sum of the sums of all parts, which are `size` numbers apart.
+template <class Way>
+__m512 AddParts(const float* sums, int64_t parts, int64_t size) {
+  __m512 sum = _mm512_load_ps(sums);
+  for (int64_t part = 1; part < parts; ++part) sum = Way::Plus(sum, _mm512_load_ps(sums + part * size));
+  return sum;
+}
+
+// As MatMul in matmul.h. Each task takes a part of the depth, which lies together in memory, and with many threads a
+// block of its columns; then the parts are added.
+template <class Way, class Source, class Finish>
+void StreamMatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a, int64_t stride,
+                  const Source* const* kernels, int64_t products, int64_t columns, const Finish& finish) {
   static thread_local Scratch scratch;
-  const int64_t steps = depth / kAtOnce, size = rows * columns;
-  // Enough for all threads, but for so many that all parts' sums would be more than a quarter of the kernel.
+  constexpr int64_t kDepth = kAtOnce * Way::kNumbers;
+  const int64_t steps = depth / kDepth, high = rows + Way::kOffset, size = high * columns;
+  // Enough tasks for all threads; but all parts' sums are no more than a quarter of the kernel's numbers, or four.
   const int64_t wanted = std::max<int64_t>(4, (2 * crew.threads + products - 1) / products);
-  const int64_t most = std::max<int64_t>(4, depth / (4 * std::max<int64_t>(rows, 1)));
-  const int64_t parts = std::min({steps, wanted, most});
+  const int64_t parts = std::min({steps, wanted, std::max<int64_t>(4, depth / (4 * std::max<int64_t>(rows, 1)))});
+  const int64_t blocks = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, std::max<int64_t>(1, columns / 128));
   float* all = scratch.Get<float>(products * parts * size * sizeof(float));
-  crew.Run(products * parts, [&](int64_t task) {
-    const int64_t part = task % parts;
-    float* sums = all + task * size;
-    std::memset(sums, 0, size * sizeof(float));
+  crew.Run(products * parts * blocks, [&](int64_t task) {
+    const int64_t product = task / blocks / parts, part = task / blocks % parts, block = task % blocks;
+    const int64_t first = columns / kPanel * block / blocks * kPanel;
+    const int64_t last = columns / kPanel * (block + 1) / blocks * kPanel;
+    float* sums = all + (product * parts + part) * size + first * high;
+    std::memset(sums, 0, (last - first) * high * sizeof(float));
     for (int64_t step = steps * part / parts; step < steps * (part + 1) / parts; ++step) {
-      const int64_t k = step * kAtOnce;
-      AddRows(rows, a + k, stride, kernels[task / parts] + k * columns, columns, sums);
+      AddRows<Way>(rows, a + step * kDepth, stride, kernels[product] + step * kDepth * columns + first, columns,
+                   last - first, sums);
     }
   });
   crew.Run(products * rows, [&](int64_t task) {
     const int64_t product = task / rows, row = task % rows;
     for (int64_t j = 0; j < columns; j += 16) {
-      const float* from = all + product * parts * size + row * columns + j;
-      __m512 sum = _mm512_load_ps(from);
-      for (int64_t part = 1; part < parts; ++part) sum = _mm512_add_ps(sum, _mm512_load_ps(from + part * size));
-      finish(product, row, j, sum);
+      const float* sums = all + product * parts * size + j / kPanel * kPanel * high + j % kPanel;
+      __m512 sum = AddParts<Way>(sums + row * kPanel, parts, size);
+      if constexpr (Way::kOffset) sum = Way::Minus(sum, AddParts<Way>(sums + rows * kPanel, parts, size));
+      finish(product, row, j, Way::ToFloat(sum));
     }
   });
 }

@@ -33,6 +33,7 @@ struct TileChunks {
 struct TileBF16 : PairPanels, TileChunks {
   using Between = TileBF16;
   static constexpr int64_t kPacking = 100;
+  static constexpr int64_t kFewRows = 0;
 
   // The depth is a multiple of 32, and `a` has 16 or 32 rows to read.
   static void Multiply(int64_t rows, const bf16* a, int64_t stride, const bf16* panel, int64_t depth, float* out,
@@ -62,13 +63,14 @@ struct TileBF16 : PairPanels, TileChunks {
     _tile_stored(3, out + 16 * kPanel + 16, kBytes);
   }
 
-  static __m512 Sums(const float* out) { return _mm512_load_ps(out); }
+  static __m512 ToFloat(__m512 sum) { return sum; }
 };
 
 // int8 x int8 -> int32. What a number stands for is left to the caller.
 struct TileI8 : FourPanels, TileChunks {
   using Between = TileBF16;
   static constexpr int64_t kPacking = 150;
+  static constexpr int64_t kFewRows = 0;
 
   // The depth is a multiple of 64, and `a` has 16 or 32 rows to read; the results are int32.
   static void Multiply(int64_t rows, const int8_t* a, int64_t stride, const int8_t* panel, int64_t depth, float* out,
@@ -97,7 +99,7 @@ struct TileI8 : FourPanels, TileChunks {
     _tile_stored(3, out + 16 * kPanel + 16, kBytes);
   }
 
-  static __m512 Sums(const float* out) { return _mm512_cvtepi32_ps(_mm512_load_si512(out)); }
+  static __m512 ToFloat(__m512 sum) { return _mm512_cvtepi32_ps((__m512i)sum); }
 };
 
 }  // namespace bertjax
