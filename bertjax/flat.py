@@ -74,7 +74,7 @@ class _Seen:
 
     def arrays(self) -> _Arrays:
         """What the variables hold now."""
-        return _Arrays(jax.tree.leaves(self._variables), self._structure)
+        return _Arrays(jax.tree.leaves([variable.get_raw_value() for variable in self._variables]), self._structure)
 
     def is_same(self) -> bool:
         """Whether every attribute of every module still is the same object."""

@@ -4,6 +4,7 @@ Several texts share a row and are told apart by segment ids, so that hardly any 
 mixture of lengths compiles a handful of shapes. numpy only.
 """
 
+import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
@@ -196,7 +197,7 @@ def _best_fit(lengths: np.ndarray, row_lengths: Sequence[int]) -> list[_Row]:
     the lowest bit at or above the text's length: constant time per text.
     """
     rows: list[_Row] = []
-    stacks: list[list[_Row]] = [[] for _ in range(max(row_lengths) + 1)]
+    stacks: dict[int, list[_Row]] = collections.defaultdict(list)
     open_bits = 0
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])

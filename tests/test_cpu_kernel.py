@@ -336,6 +336,72 @@ def test_an_adapter_is_left_to_the_scan():
     assert TARGET not in program(model, {"input_ids": np.ones((1, 3), int)})
 
 
+SQUARE = np.ones((1, 64, 64), np.float32)
+KERNELS = [*[SQUARE] * 4, np.ones((1, 64, 96), np.float32), np.ones((1, 96, 64), np.float32)]
+VECTORS = [np.ones((1, 96 if place == 4 else 64), np.float32) for place in range(10)]
+
+
+def call(**changes):
+    """The library's call of one layer in float32 with hidden size 64, with other arguments where these are given."""
+    given = {
+        "x": np.ones((2, 8, 64), np.float32),
+        "query": np.ones((2, 8), np.int32),
+        "key": np.ones((2, 8), np.int32),
+        "kernels": KERNELS,
+        "vectors": VECTORS,
+        "heads": 2,
+        "way": library.Way.FLOAT32,
+        "out": (2, 8, 64),
+    } | changes
+    assert cpu.available("float32")  # and XLA knows the library
+    run = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(given["out"], jnp.float32))
+    options = {"heads": np.int64(given["heads"]), "eps": np.float32(1e-6), "way": np.int64(given["way"])}
+    arrays = [given["x"], given["query"], given["key"], *given["kernels"], *given["vectors"]]
+    return jax.jit(lambda *arrays: run(*arrays, **options))(*arrays).block_until_ready()
+
+
+NARROW = [np.ones((1, 48, 48), np.float32)] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 0}, "no multiples of a block"),
+        ({"heads": -2}, "no multiples of a block"),
+        ({"heads": 4}, "no multiples of a block"),
+        ({"x": np.ones((2, 8, 48), np.float32), "out": (2, 8, 48), "heads": 1, "kernels": NARROW}, "of a block"),
+        ({"x": np.ones((16, 64), np.float32)}, "three dimensions"),
+        ({"out": (1, 1, 64)}, "a result of another size"),
+        ({"kernels": [np.ones((1, 1, 1), np.float32), *KERNELS[1:]]}, "a wrong number, size or dtype"),
+        ({"kernels": [np.ones(1, np.float32)] * 6}, "three dimensions"),
+        ({"kernels": [kernel.astype(np.float16) for kernel in KERNELS]}, "multiply like that"),
+        ({"vectors": [vector.astype(np.float16) for vector in VECTORS]}, "a wrong number, size or dtype"),
+        ({"vectors": []}, "too few parameters"),
+        ({"query": np.ones((1, 1), np.int32)}, "segments that are not those"),
+        ({"query": np.ones((2, 7), np.int32), "key": np.ones((2, 7), np.int32)}, "segments that are not those"),
+        ({"way": library.Way.AVX512_BFLOAT16 + 20}, "no multiples of a block"),
+    ],
+)
+@pytest.mark.skipif(not FLOAT32, reason="this CPU can't run the library")
+def test_a_wrong_call_is_refused_and_not_run(changes, message):
+    """The library is sent right ones by `encode`; a mistake there must not be one in memory."""
+    assert np.isfinite(call()).all()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize("way", [way for _, way in WAYS])
+def test_scores_that_are_huge_are_no_infinities(way):
+    """The largest score of a query has the weight one, whatever its size; here they are about 1e13."""
+    kernels = [*[np.eye(64, dtype=np.float32)[None]] * 4, *(0 * kernel for kernel in KERNELS[4:])]
+    vectors = [vector * (place in (6, 8)) for place, vector in enumerate(VECTORS)]  # the scales of LayerNorm
+    x = np.random.default_rng(0).normal(size=(2, 8, 64)).astype(np.float32) * 1e6
+    found = np.asarray(call(x=x, kernels=kernels, vectors=vectors, way=way))
+    # Each sees hardly anything but itself, so attention doubles it.
+    mean, deviation = x.mean(-1, keepdims=True), x.std(-1, keepdims=True)
+    np.testing.assert_allclose(found, (x - mean) / deviation, rtol=0, atol=0.05)
+
+
 MANY_THREADS = """
 import sys
 import jax.numpy as jnp, numpy as np

@@ -53,7 +53,7 @@ struct Segments {
 template <class T>
 float Softmax(const float* x, int64_t width, float scale, const Segments& segments, int64_t row, int64_t first,
               int64_t length, T* weights) {
-  const __m512 log2 = _mm512_set1_ps(scale * 1.44269504f);
+  const __m512 log2 = _mm512_set1_ps(scale * 1.44269504f);  // of e
   __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   __mmask16 any = 0;
   for (int64_t j = 0; j < width; j += 16) {
@@ -61,10 +61,12 @@ float Softmax(const float* x, int64_t width, float scale, const Segments& segmen
     most = _mm512_mask_max_ps(most, allowed, most, Load(x + j));
     any |= allowed;
   }
-  const __m512 largest = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(most)), log2);
+  const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   __m512 sum = _mm512_setzero_ps();
   for (int64_t j = 0; j < width; j += 16) {
-    __m512 weight = any ? Exp2(_mm512_fmsub_ps(Load(x + j), log2, largest)) : _mm512_set1_ps(1.0f);
+    // The difference comes first: the largest one's must be zero, however large it is.
+    const __m512 below = _mm512_mul_ps(_mm512_sub_ps(Load(x + j), largest), log2);
+    __m512 weight = any ? Exp2(below) : _mm512_set1_ps(1.0f);
     weight =
         _mm512_maskz_mov_ps(any ? segments.Allowed(row, first + j, length) : FirstLanes(length - first - j), weight);
     sum = _mm512_add_ps(sum, weight);
@@ -73,7 +75,7 @@ float Softmax(const float* x, int64_t width, float scale, const Segments& segmen
   return _mm512_reduce_add_ps(sum);
 }
 
-// One head's keys and values of a row of tokens, as panels.
+// One head's keys and values of a row of tokens, as panels; a thread has memory for one of them.
 template <class Way>
 struct Head {
   using T = typename Way::Type;
@@ -153,7 +155,7 @@ void Attention(Crew& crew, const std::vector<int64_t>& starts, int64_t heads, in
       own.key += first;
     }
     const Head<Way> head(key + at, value + at, stride, length, width);
-    const Tiles<Way> tiles;
+    const Prepared<Way> prepared;
     for (int64_t chunk = 0; chunk < Way::Chunks(length); ++chunk) {
       Attend<Way>(head, own, Way::FirstRow(chunk, length), Way::FirstRow(chunk + 1, length), query + at, out + at,
                   stride);

@@ -5,6 +5,7 @@
 #include <immintrin.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -19,10 +20,9 @@ namespace bertjax {
 // tasks, not for threads: a helper that never comes costs speed, but nothing else.
 class Crew {
  public:
-  // `Pool` has num_threads() and Schedule(function), as xla::ffi::ThreadPool has.
+  // `Pool` has num_threads() and Schedule(function), as xla::ffi::ThreadPool has. Throws std::bad_alloc.
   template <class Pool>
-  explicit Crew(Pool& pool)
-      : threads(pool.num_threads() < 1 ? 1 : pool.num_threads()), state_(std::make_shared<State>()) {
+  explicit Crew(Pool& pool) : Crew(std::max<int64_t>(1, pool.num_threads())) {
     for (int64_t i = 1; i < threads; ++i) {
       // A pool whose queue is full runs the function at once, on this thread, which would then wait for itself.
       pool.Schedule([state = state_, caller = std::this_thread::get_id()] {
@@ -34,9 +34,9 @@ class Crew {
   Crew(const Crew&) = delete;
   Crew& operator=(const Crew&) = delete;
 
-  // Runs work(0), ..., work(tasks - 1) in any order and returns when all are done; less than kMostTasks. Throws
-  // std::bad_alloc if any of them did.
   static constexpr int64_t kMostTasks = int64_t(1) << 24;
+  // Runs work(0), ..., work(tasks - 1) in any order and returns when all are done; less than kMostTasks. Throws
+  // std::bad_alloc if any of them did; they may throw nothing else.
   void Run(int64_t tasks, const std::function<void(int64_t)>& work) {
     State& state = *state_;
     state.work.store(&work, std::memory_order_relaxed);
@@ -51,6 +51,9 @@ class Crew {
   const int64_t threads;
 
  private:
+  // A constructor of its own, so that helpers are sent home if asking for another one throws.
+  explicit Crew(int64_t threads) : threads(threads), state_(std::make_shared<State>()) {}
+
   static constexpr uint64_t kDone = ~uint64_t(0);
   // About 0.5 ms; whoever waits for longer lets other threads have the core.
   static constexpr int kSpins = 20000;

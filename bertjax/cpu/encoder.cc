@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -131,7 +132,7 @@ class Encoder {
       std::memcpy(x_ + row * stride<float>(), in + tokens_.places[row] * z_.hidden, z_.hidden * sizeof(float));
       RoundState(row);
     });
-    for (int64_t layer = 0; layer < z_.layers; ++layer) Layer(p, layer);
+    for (int64_t layer = 0; rows_ > 0 && layer < z_.layers; ++layer) Layer(p, layer);
     if (rows_ < z_.batch * z_.length) std::memset(out, 0, z_.batch * z_.length * z_.hidden * sizeof(float));
     ForRows(crew_, rows_, [&](int64_t row) {
       std::memcpy(out + tokens_.places[row] * z_.hidden, x_ + row * stride<float>(), z_.hidden * sizeof(float));
@@ -270,27 +271,63 @@ ffi::Error Run(ffi::ThreadPool& pool, const Sizes& sizes, const Segments& segmen
   return ffi::Error::Success();
 }
 
-// `parameters` are in the order of `Parameters`: six kernels, float32, bfloat16 or int8, and ten vectors, float32; to
-// kernels in int8 belong six more.
+// Whether parameters are what `Parameters` has, in its order: six kernels, float32, bfloat16 or int8, and ten vectors,
+// float32; to kernels in int8 belong six more.
+bool Fit(const ffi::RemainingArgs& parameters, const Sizes& sizes) {
+  const auto stored = parameters.get<ffi::AnyBuffer>(0)->element_type();
+  if (parameters.size() != (stored == ffi::S8 ? 22 : 16)) return false;
+  for (size_t place = 0; place < parameters.size(); ++place) {
+    const auto buffer = *parameters.get<ffi::AnyBuffer>(place);
+    const bool kernel = place < 6, wide = place == 4 || place == 5 || place == 10 || place == 20;
+    const int64_t width = wide ? sizes.intermediate : sizes.hidden;
+    const int64_t count = sizes.layers * width * (kernel ? sizes.hidden : 1);
+    if (buffer.element_type() != (kernel ? stored : ffi::F32)) return false;
+    if (static_cast<int64_t>(buffer.element_count()) != count) return false;
+  }
+  return true;
+}
+
+// Whether sizes are multiples of what the ways work on at once.
+bool Divisible(const Sizes& sizes, int64_t way) {
+  const int64_t block = way >= 3 ? 64 : kPanel;
+  return sizes.heads > 0 && sizes.hidden % (sizes.heads * kPanel) == 0 && sizes.hidden % block == 0 &&
+         sizes.intermediate % block == 0;
+}
+
+// What is wrong with the buffers of a call, or null; the other arguments are right.
+const char* Problem(const Sizes& sizes, int64_t way, const Ints& query_segments, const Ints& key_segments,
+                    const ffi::RemainingArgs& parameters) {
+  const int64_t tokens = sizes.batch * sizes.length, numbers = key_segments.element_count();
+  if (std::max(sizes.batch * sizes.heads, tokens) >= Crew::kMostTasks) return "too many tokens for one call";
+  if (!Divisible(sizes, way)) return "sizes that are no multiples of a block";
+  if (!Fit(parameters, sizes)) return "parameters of a wrong number, size or dtype";
+  const bool alike = static_cast<int64_t>(query_segments.element_count()) == numbers;
+  if (!alike || (numbers != 0 && numbers != tokens)) return "segments that are not those of its tokens";
+  return nullptr;
+}
+
+ffi::Error Refuse(const char* what) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument, std::string("bertjax: the encoder was called with ") + what);
+}
+
+// x is [batch, length, hidden], as y is. Segments are [batch, length], or both empty where there are none.
 ffi::Error Call(ffi::ThreadPool pool, Floats x, Ints query_segments, Ints key_segments, ffi::RemainingArgs parameters,
                 ffi::Result<Floats> y, int64_t heads, float eps, int64_t way) {
-  const size_t expected = way >= 3 ? 22 : 16;
-  if (parameters.size() != expected) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: a wrong number of parameters");
-  }
+  if (parameters.size() < 16) return Refuse("too few parameters");
   const auto buffer = [&](size_t place) { return *parameters.get<ffi::AnyBuffer>(place); };
   const auto up = buffer(4).dimensions(), shape = x.dimensions();
+  if (shape.size() != 3 || up.size() != 3) return Refuse("states or kernels that don't have three dimensions");
+  if (y->element_count() != x.element_count()) return Refuse("a result of another size than its states");
   const Sizes sizes{up[0], shape[0], shape[1], shape[2], up[2], heads, eps};
-  if (std::max(sizes.batch * heads, sizes.batch * sizes.length) >= Crew::kMostTasks) {
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: the batch has too many tokens for one call");
-  }
+  const char* problem = Problem(sizes, way, query_segments, key_segments, parameters);
+  if (problem != nullptr) return Refuse(problem);
   Segments segments{nullptr, nullptr};
   if (key_segments.element_count() != 0) segments = {query_segments.typed_data(), key_segments.typed_data()};
   const auto run = [&](auto way, auto source) {
     using Source = decltype(source);
     const auto kernel = [&](size_t place) { return static_cast<const Source*>(buffer(place).untyped_data()); };
     const auto vector = [&](size_t place) -> const float* {
-      return place < expected ? static_cast<const float*>(buffer(place).untyped_data()) : nullptr;
+      return place < parameters.size() ? static_cast<const float*>(buffer(place).untyped_data()) : nullptr;
     };
     const Parameters<Source> p{kernel(0),  kernel(1),  kernel(2),  kernel(3),  kernel(4),  kernel(5),
                                vector(6),  vector(7),  vector(8),  vector(9),  vector(10), vector(11),
@@ -308,7 +345,7 @@ ffi::Error Call(ffi::ThreadPool pool, Floats x, Ints query_segments, Ints key_se
   if (way == 3 && stored == ffi::S8) return run(TileI8(), int8_t());
   if (way == 4 && stored == ffi::S8) return run(DotI8<DotBF16>(), int8_t());
   if (way == 5 && stored == ffi::S8) return run(DotI8<F32>(), int8_t());
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument, "bertjax: kernels of this dtype are not multiplied like that");
+  return Refuse("kernels of a dtype that it does not multiply like that");
 }
 
 }  // namespace

@@ -19,11 +19,11 @@
 
 namespace bertjax {
 
-// The way's state on this thread, as long as this lives.
+// The way's state on this thread, as long as this lives: AMX has one.
 template <class Way>
-struct Tiles {
-  Tiles() { Way::Begin(); }
-  ~Tiles() { Way::End(); }
+struct Prepared {
+  Prepared() { Way::Begin(); }
+  ~Prepared() { Way::End(); }
 };
 
 // A thread's packed panels; one for all kinds of products.
@@ -67,7 +67,8 @@ struct Division {
 
 // Computes `products` products of one matrix a, [rows, depth], with kernels [depth, columns], and hands each sixteen
 // numbers of the results to finish(product, row, column, numbers). Sums are float32 and run over the depth in one
-// order, but for those of a few rows, so that in float32 a row's result hardly depends on the others.
+// order, so that in float32 a row's result hardly depends on the others; for a few rows the order is another one, and
+// depends on the number of threads.
 template <class Way, class Source, class Finish>
 void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a, int64_t stride,
             const Source* const* kernels, int64_t products, int64_t columns, const Finish& finish) {
@@ -85,7 +86,7 @@ void MatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::Type* a
     T* panels = PanelScratch().template Get<T>((last - first) / kPanel * size * sizeof(T));
     Way::Pack(kernels[product] + first, columns, depth, last - first, panels);
     alignas(64) float out[kPanel * kPanel];
-    const Tiles<Way> tiles;
+    const Prepared<Way> prepared;
     const int64_t chunks = Way::Chunks(rows);
     for (int64_t chunk = chunks * part / d.parts; chunk < chunks * (part + 1) / d.parts; ++chunk) {
       const int64_t begin = Way::FirstRow(chunk, rows), end = Way::FirstRow(chunk + 1, rows);

@@ -1,4 +1,4 @@
-// Scratch memory that a thread keeps from call to call.
+// Scratch memory that a thread keeps from call to call, as what a task needs is small and wanted again at once.
 
 #pragma once
 
@@ -24,7 +24,7 @@ class Scratch {
     return static_cast<T*>(start_);
   }
 
-  // Gives back what is more than is worth keeping.
+  // Gives back what is more than is worth keeping: a batch's activations may be.
   void Trim() {
     if (size_ > kKept) Release();
   }

@@ -51,7 +51,8 @@ struct Ahead {
   Ahead Every(int64_t count) const { return {from, step * count}; }
 
   void Fetch(int64_t depth) {
-    for (const char* end = from + depth * step; from < end; from += 64) Prefetch(from);
+    for (int64_t at = 0; at < depth * step; at += 64) Prefetch(from + at);
+    from += depth * step;
   }
 };
 

@@ -87,6 +87,7 @@ void MultiplyWords(const void* a, int64_t bytes, const float* panel, int64_t wor
   }
 }
 
+// The same for the 1 to 14 rows of a chunk.
 template <class Lanes>
 void MultiplyWords(int64_t rows, const void* a, int64_t bytes, const void* panel, int64_t words, float* out,
                    Ahead ahead) {

@@ -75,7 +75,7 @@ void StreamMatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::T
   const int64_t steps = depth / kDepth, high = rows + Way::kOffset, size = high * columns;
   // Enough tasks for all threads; but all parts' sums are no more than a quarter of the kernel's numbers, or four.
   const int64_t wanted = std::max<int64_t>(4, (2 * crew.threads + products - 1) / products);
-  const int64_t parts = std::min({steps, wanted, std::max<int64_t>(4, depth / (4 * std::max<int64_t>(rows, 1)))});
+  const int64_t parts = std::min({steps, wanted, std::max<int64_t>(4, depth / (4 * rows))});
   const int64_t blocks = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, std::max<int64_t>(1, columns / 128));
   float* all = scratch.Get<float>(products * parts * size * sizeof(float));
   crew.Run(products * parts * blocks, [&](int64_t task) {

@@ -30,39 +30,66 @@ struct TileChunks {
   static void End() { _tile_release(); }
 };
 
+// What the tiles of rows, 4 and 5, add to the four of sums with those of columns, 6 and 7.
+struct PairTiles {
+  static void AddUpper() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  static void AddLower() {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+};
+struct FourTiles {
+  static void AddUpper() {
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+  }
+  static void AddLower() {
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+  }
+};
+
+// [rows, depth] x a panel -> [rows, 32] sums of four bytes; rows are `stride` numbers apart. The depth is a multiple of
+// the numbers in 64 bytes, and `a` has 16 or 32 rows to read.
+template <class Add, class Number>
+void MultiplyTiles(int64_t rows, const Number* a, int64_t stride, const Number* panel, int64_t depth, float* out,
+                   Ahead ahead) {
+  constexpr int kBytes = kPanel * sizeof(float);  // of a row of the panel's words and of the result
+  constexpr int64_t kStep = 64 / sizeof(Number);
+  const int64_t bytes = stride * sizeof(Number);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += kStep) {
+    ahead.Fetch(kStep);
+    _tile_loadd(6, panel + k * kPanel, kBytes);
+    _tile_loadd(7, panel + k * kPanel + kStep, kBytes);
+    _tile_loadd(4, a + k, bytes);
+    Add::AddUpper();
+    if (rows <= 16) continue;
+    _tile_loadd(5, a + 16 * stride + k, bytes);
+    Add::AddLower();
+  }
+  _tile_stored(0, out, kBytes);
+  _tile_stored(1, out + 16, kBytes);
+  if (rows <= 16) return;
+  _tile_stored(2, out + 16 * kPanel, kBytes);
+  _tile_stored(3, out + 16 * kPanel + 16, kBytes);
+}
+
 struct TileBF16 : PairPanels, TileChunks {
   using Between = TileBF16;
   static constexpr int64_t kPacking = 100;
   static constexpr int64_t kFewRows = 0;
 
-  // The depth is a multiple of 32, and `a` has 16 or 32 rows to read.
   static void Multiply(int64_t rows, const bf16* a, int64_t stride, const bf16* panel, int64_t depth, float* out,
                        Ahead ahead) {
-    constexpr int kBytes = kPanel * sizeof(float);  // of a row of the panel's pairs and of the result
-    const int64_t bytes = stride * sizeof(bf16);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 32) {
-      ahead.Fetch(32);
-      _tile_loadd(6, panel + k * kPanel, kBytes);
-      _tile_loadd(7, panel + k * kPanel + 32, kBytes);
-      _tile_loadd(4, a + k, bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (rows <= 16) continue;
-      _tile_loadd(5, a + 16 * stride + k, bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, out, kBytes);
-    _tile_stored(1, out + 16, kBytes);
-    if (rows <= 16) return;
-    _tile_stored(2, out + 16 * kPanel, kBytes);
-    _tile_stored(3, out + 16 * kPanel + 16, kBytes);
+    MultiplyTiles<PairTiles>(rows, a, stride, panel, depth, out, ahead);
   }
-
   static __m512 ToFloat(__m512 sum) { return sum; }
 };
 
@@ -72,33 +99,10 @@ struct TileI8 : FourPanels, TileChunks {
   static constexpr int64_t kPacking = 150;
   static constexpr int64_t kFewRows = 0;
 
-  // The depth is a multiple of 64, and `a` has 16 or 32 rows to read; the results are int32.
   static void Multiply(int64_t rows, const int8_t* a, int64_t stride, const int8_t* panel, int64_t depth, float* out,
                        Ahead ahead) {
-    constexpr int kBytes = kPanel * sizeof(int32_t);  // of a row of the panel's fours and of the result
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 64) {
-      ahead.Fetch(64);
-      _tile_loadd(6, panel + k * kPanel, kBytes);
-      _tile_loadd(7, panel + k * kPanel + 64, kBytes);
-      _tile_loadd(4, a + k, stride);
-      _tile_dpbssd(0, 4, 6);
-      _tile_dpbssd(1, 4, 7);
-      if (rows <= 16) continue;
-      _tile_loadd(5, a + 16 * stride + k, stride);
-      _tile_dpbssd(2, 5, 6);
-      _tile_dpbssd(3, 5, 7);
-    }
-    _tile_stored(0, out, kBytes);
-    _tile_stored(1, out + 16, kBytes);
-    if (rows <= 16) return;
-    _tile_stored(2, out + 16 * kPanel, kBytes);
-    _tile_stored(3, out + 16 * kPanel + 16, kBytes);
+    MultiplyTiles<FourTiles>(rows, a, stride, panel, depth, out, ahead);
   }
-
   static __m512 ToFloat(__m512 sum) { return _mm512_cvtepi32_ps((__m512i)sum); }
 };
 

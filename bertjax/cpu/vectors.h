@@ -34,7 +34,7 @@ float Quantize(const From* from, int64_t width, To* to) {
     zero = _mm512_fmadd_ps(x, _mm512_setzero_ps(), zero);
   }
   const float largest = _mm512_reduce_max_ps(most);
-  const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
+  const __m512 inverse = _mm512_set1_ps(largest > 1e-30f ? 127.0f / largest : 0.0f);  // as in int8.py
   for (int64_t j = 0; j < width; j += 16) {
     const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(Load(from + j), inverse));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm_xor_si128(_mm512_cvtsepi32_epi8(whole), offset));
