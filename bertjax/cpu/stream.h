@@ -73,10 +73,10 @@ void StreamMatMul(Crew& crew, int64_t rows, int64_t depth, const typename Way::T
   static thread_local Scratch scratch;
   constexpr int64_t kDepth = kAtOnce * Way::kNumbers;
   const int64_t steps = depth / kDepth, high = rows + Way::kOffset, size = high * columns;
-  // Enough tasks for all threads; but all parts' sums are no more than a quarter of the kernel's numbers, or four.
-  const int64_t wanted = std::max<int64_t>(4, (2 * crew.threads + products - 1) / products);
-  const int64_t parts = std::min({steps, wanted, std::max<int64_t>(4, depth / (4 * rows))});
-  const int64_t blocks = std::clamp<int64_t>((wanted + parts - 1) / parts, 1, std::max<int64_t>(1, columns / 128));
+  // As many tasks of each product as there are threads, so that all end at once; but all parts' sums are no more than a
+  // quarter of the kernel's numbers, or four.
+  const int64_t parts = std::min({steps, crew.threads, std::max<int64_t>(4, depth / (4 * rows))});
+  const int64_t blocks = std::clamp<int64_t>((crew.threads + parts - 1) / parts, 1, std::max<int64_t>(1, columns / 64));
   float* all = scratch.Get<float>(products * parts * size * sizeof(float));
   crew.Run(products * parts * blocks, [&](int64_t task) {
     const int64_t product = task / blocks / parts, part = task / blocks % parts, block = task % blocks;
