@@ -7,6 +7,7 @@ every task from text to answer, go through here.
 import dataclasses
 import itertools
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ _STEP_TOKENS_ACCELERATOR = 32768
 _WINDOW_STEPS = 32
 _WINDOW_ROWS = 65536
 _TOKENIZE_ITEMS = 1024
+# Making one takes as long as tokenizing a short text.
+_HIDDEN = tqdm(disable=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,9 +252,6 @@ def progress_bar(items: Any, unit: str, show: bool | None) -> tqdm:
         unit: what one item is called.
         show: whether to show the bar; None for on a terminal, when it takes more than two seconds.
     """
-    return tqdm(
-        total=len(items) if hasattr(items, "__len__") else None,
-        unit=unit,
-        disable=None if show is None else not show,
-        delay=2.0 if show is None else 0,
-    )
+    if not ((sys.stderr and sys.stderr.isatty()) if show is None else show):
+        return _HIDDEN
+    return tqdm(total=len(items) if hasattr(items, "__len__") else None, unit=unit, delay=2.0 if show is None else 0)

@@ -247,19 +247,18 @@ def _fill(
     within = np.arange(lengths.sum()) - np.repeat(begins, lengths)
     where = np.repeat(row_of * shape[1] + starts, lengths) + within
 
-    def scatter(values: np.ndarray, fill: int) -> np.ndarray:
-        flat = np.full(shape[0] * shape[1], fill, np.int32)
-        flat[where] = values
-        return flat.reshape(shape)
-
     def joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([arrays[item] for item in items]) if len(items) else np.zeros(0, np.int32)
 
+    tokens = np.zeros((4, shape[0] * shape[1]), np.int32)
+    tokens[0] = pad_id
+    tokens[:, where] = joined(input_ids), joined(token_type_ids), within, np.repeat(segments + 1, lengths)
+    ids, types, positions, numbers = tokens.reshape(4, *shape)
     return PackedBatch(
-        input_ids=scatter(joined(input_ids), pad_id),
-        token_type_ids=scatter(joined(token_type_ids), 0),
-        position_ids=scatter(within, 0),
-        segment_ids=scatter(np.repeat(segments + 1, lengths), 0),
+        input_ids=ids,
+        token_type_ids=types,
+        position_ids=positions,
+        segment_ids=numbers,
         items=items,
         rows=row_of,
         segments=segments,

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from bertjax.config import BertConfig
 from bertjax.engine import Encoded, Engine, Window, progress_bar
 from bertjax.errors import ConfigError, InputError
 from bertjax.packing import PackedBatch, Shapes, max_segments
@@ -177,13 +178,6 @@ class Task:
         for index, item in enumerate(items, position):
             check_text(f"inputs[{index}]", item)
 
-    def _check_reads_pairs(self) -> None:
-        """Raises `ConfigError` if the model can't tell two texts apart."""
-        if self.model.config.type_vocab_size < 2:
-            raise ConfigError(
-                "the model has one type of tokens (type_vocab_size is 1), so it can't read two texts together"
-            )
-
     def _encode_texts(self, items: list[TextOrPair], position: int) -> Encoded:
         """A row for each text or pair; what is longer than the model takes loses its end."""
         return self._encode_parsed(items, position, least=1)
@@ -198,7 +192,7 @@ class Task:
         for _, group in itertools.groupby(inputs, len):
             columns = list(map(list, zip(*group, strict=True)))
             if len(columns) > 1:
-                self._check_reads_pairs()
+                check_reads_pairs(self.model.config)
             parts.append(self.tokenizer(*columns, max_length=self.max_length, first_position=position))
             position += len(columns[0])
         return Encoded(items, Tokens.join(parts), np.arange(len(items)))
@@ -210,6 +204,14 @@ class Task:
     def _call(self, batch: PackedBatch, **options: Any) -> Any:
         """The model's output for a packed batch."""
         return self.model(**batch.inputs(), **options)
+
+
+def check_reads_pairs(config: BertConfig) -> None:
+    """Raises `ConfigError` if a model of this configuration can't tell two texts apart."""
+    if config.type_vocab_size < 2:
+        raise ConfigError(
+            "the model has one type of tokens (type_vocab_size is 1), so it can't read two texts together"
+        )
 
 
 def as_pair(

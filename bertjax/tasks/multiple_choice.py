@@ -10,7 +10,7 @@ from bertjax.engine import Encoded, Window
 from bertjax.errors import InputError
 from bertjax.heads import BertForMultipleChoice
 from bertjax.packing import PackedBatch
-from bertjax.tasks.base import Plan, Task, softmax
+from bertjax.tasks.base import Plan, Task, check_reads_pairs, softmax
 from bertjax.text_inputs import check_text
 
 #: A text, and those that may go with it.
@@ -68,7 +68,7 @@ class MultipleChoice(Task):
 
     def plan(self, *, apply_softmax: bool = True) -> Plan:
         """See `Task.plan`."""
-        self._check_reads_pairs()
+        check_reads_pairs(self.model.config)
 
         def read(window: Window) -> list[Choice]:
             logits = window.per_row()[:, 0]

@@ -14,7 +14,7 @@ from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForQuestionAnswering
 from bertjax.packing import PackedBatch
-from bertjax.tasks.base import Plan, Task, as_pair, softmax
+from bertjax.tasks.base import Plan, Task, as_pair, check_reads_pairs, softmax
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Alignment
 
@@ -73,7 +73,7 @@ class QuestionAnswering(Task):
 
     def __init__(self, model: BertForQuestionAnswering, tokenizer: Tokenizer, **options: Any):
         super().__init__(model, tokenizer, **options)
-        self._check_reads_pairs()
+        check_reads_pairs(self.model.config)
         if tokenizer.cls_token_id not in tokenizer([""], [""]).input_ids[0][:1]:
             raise ConfigError("the tokenizer puts no [CLS] before a question, which stands for no answer; add it there")
 

@@ -13,7 +13,7 @@ from bertjax.config import BertConfig
 from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForSequenceClassification
-from bertjax.tasks.base import Plan, Task, softmax
+from bertjax.tasks.base import Plan, Task, check_reads_pairs, softmax
 from bertjax.text_inputs import check_text
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
@@ -126,7 +126,7 @@ class ZeroShotClassification(Task):
     def _encode_rows(self, items: list[Any], hypotheses: list[str], position: int) -> Encoded:
         """A row for each text and hypothesis, those of a text one after another."""
         self._check_texts(items, position)
-        self._check_reads_pairs()
+        check_reads_pairs(self.model.config)
         options = {"max_length": self.max_length, "truncation": "only_first", "first_position": position}
         parts = [self.tokenizer(items, [hypothesis] * len(items), **options) for hypothesis in hypotheses]
         tokens = Tokens(

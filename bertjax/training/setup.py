@@ -16,6 +16,7 @@ from bertjax.fresh import PARTS
 from bertjax.labels import placeholders, with_labels
 from bertjax.pretrained import from_pretrained
 from bertjax.pretrained_text import load_sentence_encoder, load_tokenizer
+from bertjax.tasks.base import check_reads_pairs
 from bertjax.tokenizer import Tokenizer
 from bertjax.training.loop import Trainer
 from bertjax.training.lora import add_lora
@@ -43,6 +44,8 @@ _COLUMNS = {
     "similarity": ("text", "pair", "score"),
 }
 _SENTENCES = ("ranking", "similarity")
+# Those that put two texts into a row; text classification may, too.
+_PAIRS = ("question-answering", "multiple-choice", "pre-training")
 _WINDOW, _STRIDE = 384, 128
 _SINGLE = "single_label_classification"
 
@@ -59,6 +62,9 @@ def trainer_of(settings: Settings) -> Trainer:
     rows = read_rows(settings.data.train, columns, optional=_NEGATIVES)
     held_out = read_rows(settings.data.eval, columns, optional=_NEGATIVES) if settings.data.eval else None
     model, task = _model_and_task(settings, source, rows)
+    kind = settings.task.kind
+    if kind in _PAIRS or (kind == "text-classification" and "pair" in columns):
+        check_reads_pairs(model.config)
     if settings.lora is not None:
         model = add_lora(model, settings.lora, settings.run.seed)
     examples, evaluation = _examples(settings, task, rows, held_out)

@@ -688,6 +688,18 @@ def test_settings_that_do_not_fit(tables, changes, error, message):
         trainer_of(settings_of(tables(**changes)))
 
 
+@pytest.mark.parametrize(
+    ("kind", "columns"), [(CLASSIFY, {"pair": "text"}), (ANSWER, {}), (CHOOSE, {}), (PRETRAIN, {}), (CLASSIFY, {})]
+)
+def test_a_model_with_one_type_of_tokens_does_not_learn_from_pairs(tables, kind, columns):
+    given = tables(kind, model={"config": TINY | {"type_vocab_size": 1}}, data={"columns": columns})
+    if kind == CLASSIFY and not columns:
+        assert trainer_of(settings_of(given)).model.config.type_vocab_size == 1
+        return
+    with pytest.raises(ConfigError, match=r"one type of tokens \(type_vocab_size is 1\), so it can't read two texts"):
+        trainer_of(settings_of(given))
+
+
 @pytest.mark.parametrize("option", [{"remat": True}, {"tokenizer": "x"}, {"config": {"vocab_size": 3}}])
 def test_settings_that_sentence_models_do_not_have(tables, option):
     with pytest.raises(ConfigError, match=f"ranking goes on from a name, without {next(iter(option))}"):
