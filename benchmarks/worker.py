@@ -92,7 +92,7 @@ def main() -> None:
     paths = {field: Path(given[field]) if given[field] else None for field in ("model", "exported")}
     setting = Setting(**given | paths)
     use_cores(setting.threads)
-    loaded, cached = None, {}
+    loaded, is_used, cached = None, False, {}
 
     def inputs_of(path: str) -> list[Any]:
         if path not in cached:
@@ -100,7 +100,7 @@ def main() -> None:
         return cached[path]
 
     def handle(request: dict[str, Any]) -> dict[str, Any]:
-        nonlocal loaded
+        nonlocal loaded, is_used
         operation = request["operation"]
         if operation == "start":
             loaded, answer = start(name, task, setting)
@@ -108,6 +108,10 @@ def main() -> None:
         try:
             inputs = inputs_of(request["inputs"])
             if operation == "first":
+                if task == "train" and is_used:  # steps change the weights, and every case begins with those on disk
+                    loaded = None
+                    loaded = load(name, task, setting)
+                is_used = True
                 return first(loaded, inputs, request["save"])
             if operation == "lengths":
                 return {"lengths": [loaded.lengths(texts) for texts in inputs]}

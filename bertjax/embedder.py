@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bertjax.checks import as_integer
 from bertjax.engine import Engine, Window, progress_bar
 from bertjax.errors import InputError
 from bertjax.flat import jit_model
@@ -188,9 +189,10 @@ class SentenceEncoder:
         full = self.model.embedding_dimension
         if truncate_dim is None:
             return min(self.spec.truncate_dim or full, full)
-        if not isinstance(truncate_dim, int) or isinstance(truncate_dim, bool) or not 1 <= truncate_dim <= full:
+        number = as_integer(truncate_dim)
+        if number is None or not 1 <= number <= full:
             raise InputError(f"truncate_dim is {truncate_dim!r}, the vectors have {full} numbers")
-        return truncate_dim
+        return number
 
 
 @functools.partial(jit_model, static_argnames=("max_segments",))

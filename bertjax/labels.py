@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from bertjax.checks import as_integer
 from bertjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def _number(value: Any) -> int | None:
     """A label's number, or None for what is none."""
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    number = as_integer(value)
+    return number if number is not None and number >= 0 else None
 
 
 def with_labels(

@@ -8,6 +8,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from flax import nnx
 from oracle import require
 
 from benchmarks import __main__ as command_line
@@ -16,6 +17,7 @@ from benchmarks.harness import Case, Entrant, Plan
 from benchmarks.peers import PEERS, Absent, Loaded, Setting, load, prepare
 from benchmarks.worker import first, measure, read_inputs
 from benchmarks.workloads import Sizes
+from bertjax import BertConfig, BertForMaskedLM
 
 BASE = Sizes(layers=12, hidden=768, intermediate=3072, vocab=30522)
 
@@ -232,6 +234,24 @@ def test_a_worker_starts_elsewhere_and_multiplies(plan):
         values = np.random.default_rng(0).integers(-8, 8, (64, 64))
         np.testing.assert_array_equal(np.load(plan.folder / "product.npy")[0], values @ values)
         assert "FileNotFoundError" in entrant.ask("measure", inputs="no.json", calls=1)["failed"]
+    finally:
+        entrant.close()
+
+
+@pytest.mark.parametrize("peer", ["bertjax", "torch"])
+def test_every_case_of_training_begins_with_the_weights_on_disk(plan, peer):
+    require("torch" if peer == "torch" else "jax")
+    config = BertConfig.preset("tiny", vocab_size=500)
+    BertForMaskedLM(config, rngs=nnx.Rngs(0)).save_pretrained(plan.model)
+    batches = [workloads.masked_batch((2, 16), config.vocab_size, seed) for seed in range(2)]
+    inputs = str(harness.write_inputs(plan.folder / "batches", batches))
+    entrant = Entrant(peer, "float32", plan, task="train")
+    try:
+        saved = [str(plan.folder / f"{number}.npy") for number in range(2)]
+        for path in saved:
+            assert "failed" not in entrant.ask("first", inputs=inputs, save=path)
+            assert "failed" not in entrant.ask("measure", inputs=inputs, calls=3)
+        np.testing.assert_array_equal(np.load(saved[0]), np.load(saved[1]))
     finally:
         entrant.close()
 

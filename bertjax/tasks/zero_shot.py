@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bertjax.checks import check_choice
+from bertjax.checks import as_integer, check_choice
 from bertjax.config import BertConfig
 from bertjax.engine import Encoded, Window
 from bertjax.errors import ConfigError, InputError
@@ -190,9 +190,10 @@ def _entailment(config: BertConfig, given: Any) -> int:
     if count < 2:
         raise ConfigError("zero-shot classification needs a model of two labels or more (entailment and others)")
     if given is not None:
-        if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given < count:
+        number = as_integer(given)
+        if number is None or not 0 <= number < count:
             raise ConfigError(f"entailment_id is {given!r}, expected one of the model's labels, 0 to {count - 1}")
-        return given
+        return number
     found = [label for name, label in config.label2id.items() if name.lower().startswith("entail")]
     if len(found) != 1:
         many = "several of the" if found else "none of the"

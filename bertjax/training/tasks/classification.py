@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bertjax.checks import as_integer
 from bertjax.errors import InputError
 from bertjax.heads import BertForSequenceClassification
 from bertjax.tasks.classification import TextClassification
@@ -107,8 +108,8 @@ def label_id(value: Any, ids: dict[str, int]) -> int | str:
 
 def number_below(count: int, value: Any) -> int | None:
     """The number from 0 to count - 1 that a value is, or that its digits are; None if it is none."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else value
-    return number if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count else None
+    number = int(value) if isinstance(value, str) and value.isdecimal() else as_integer(value)
+    return number if number is not None and 0 <= number < count else None
 
 
 def names_of(values: Sequence[Any]) -> list[str]:
