@@ -19,9 +19,12 @@ from tqdm import tqdm
 from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
-from bertjax.packing import PackedBatch, Shapes, full_batch, pack
+from bertjax.packing import PackedBatch, Shapes, pack, pack_batch
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
+
+#: Makes, for a shape [rows, length], batches to warm up with: each is a list of rows of ids, int [tokens].
+Samples = Callable[[tuple[int, int]], list[list[np.ndarray]]]
 
 logger = logging.getLogger(__name__)
 
@@ -153,24 +156,33 @@ class Engine:
     @property
     def shapes(self) -> Shapes:
         """The shapes that rows are packed into."""
-        return self._shapes(self.max_length)
+        return self._shapes()
 
-    def _shapes(self, max_length: int) -> Shapes:
+    def _shapes(self, max_length: int | None = None) -> Shapes:
         default = _STEP_TOKENS.get(jax.default_backend(), _STEP_TOKENS_ACCELERATOR)
-        return Shapes(max_length=max_length, step_tokens=self._step_tokens or default)
+        return Shapes(max_length=max_length or self.max_length, step_tokens=self._step_tokens or default)
 
-    def warm_up(self, run: Callable[[PackedBatch], Any]) -> float:
-        """Runs a full step of every shape, so that nothing is left to compile.
+    def warm_up(
+        self,
+        run: Callable[[PackedBatch], Any],
+        samples: Samples | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> float:
+        """Runs steps of every shape, so that nothing is left to compile.
 
         Args:
             run: starts the computation on a packed batch.
+            samples: what to run, where a shape needs several programs; default: a row of one token.
+            max_length: as in `windows`.
 
         Returns:
             How long it took, in seconds.
         """
-        begin = time.perf_counter()
-        for shape in self.shapes.all():
-            jax.block_until_ready(run(full_batch(shape, self.tokenizer.pad_token_id)))
+        begin, pad = time.perf_counter(), self.tokenizer.pad_token_id
+        for shape in self._shapes(max_length).all():
+            for rows in samples(shape) if samples else [[np.array([pad])]]:
+                jax.block_until_ready(run(pack_batch(rows, [np.zeros_like(ids) for ids in rows], shape, pad)))
         return time.perf_counter() - begin
 
     def windows(
@@ -194,7 +206,7 @@ class Engine:
             chunk: how many items `encode` is given at a time.
             max_length: the longest row that `encode` makes, where that is less than the engine's.
         """
-        shapes = self.shapes if max_length is None else self._shapes(max_length)
+        shapes = self._shapes(max_length)
         running: list[Window] = []
         try:
             for encoded in _encoded(items, encode, chunk, _WINDOW_STEPS * shapes.step_tokens):

@@ -177,13 +177,6 @@ def pack_batch(
     return _fill(rows, shape, input_ids, token_type_ids, pad_id)
 
 
-def full_batch(shape: tuple[int, int], token_id: int) -> PackedBatch:
-    """A step of this shape [rows, length] of which every row is one text of nothing but `token_id`."""
-    texts = [np.full(shape[1], token_id, np.int32)] * shape[0]
-    rows = [_Row(shape[1], [item]) for item in range(shape[0])]
-    return _fill(rows, shape, texts, [np.zeros_like(text) for text in texts], token_id)
-
-
 def _lone_length(row: _Row, lengths: np.ndarray, shapes: Shapes) -> int:
     """The least length that a row may have where it is a step of its own."""
     used = int(lengths[row.items].sum())

@@ -4,8 +4,20 @@ import jax
 import numpy as np
 import pytest
 from conftest import WORDS, compiles
+from flax import nnx
 
-from bertjax import SentenceEncoder
+from bertjax import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    FillMask,
+    QuestionAnswering,
+    SentenceEncoder,
+    SparseEncoder,
+    TextClassification,
+    Tokenizer,
+)
 
 PLAIN_WORDS = [word for word in WORDS if not word.startswith("##")]
 
@@ -54,6 +66,25 @@ def test_nothing_is_compiled_after_a_warm_up(warm):
     finally:
         del encoder._run
     assert shapes == set(encoder.shapes.all())  # all of them were needed: none was compiled in vain
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "options", "as_input"),
+    [
+        (TextClassification, BertForSequenceClassification, {"top_k": 2}, lambda text: (text, text)),
+        (QuestionAnswering, BertForQuestionAnswering, {"max_seq_len": 70}, lambda text: ("she", text or "was")),
+        (FillMask, BertForMaskedLM, {"top_k": 3}, lambda text: text[:300] + " [MASK]" * (1 + len(text) % 60)),
+        (SparseEncoder, BertForMaskedLM, {}, lambda text: text),
+    ],
+)
+def test_a_task_that_is_warmed_up_compiles_nothing_more(kind, head, options, as_input, vocab_file):
+    config = BertConfig.preset("tiny", vocab_size=5 + len(WORDS), max_position_embeddings=200)
+    task = kind(head(config, rngs=nnx.Rngs(0)), Tokenizer.from_vocab(vocab_file), step_tokens=640)
+    rng = np.random.default_rng(1)
+    calls = [[1], [150], [3] * 400, [40] * 30, [0, 120] * 9, *(rng.integers(1, 150, count) for count in (2, 9, 60))]
+    inputs = [[as_input(text) for text in texts_of(lengths)] for lengths in calls]
+    assert compiles(lambda: task.warm_up(**options)) > 0
+    assert compiles(lambda: [task(each, **options) for each in inputs]) == 0
 
 
 def test_inputs_from_anywhere_run_the_same_program(warm):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertjax.packing import Shapes, full_batch, max_segments, pack
+from bertjax.packing import Shapes, max_segments, pack
 
 SHAPES = st.builds(Shapes, max_length=st.integers(2, 300), step_tokens=st.integers(1, 5000))
 
@@ -107,14 +107,6 @@ def test_the_last_rows_go_into_the_steps_that_cost_least(rows, steps):
     texts = [np.ones(128, np.int32)] * rows
     batches = pack(texts, texts, Shapes(max_length=256, step_tokens=2048))
     assert [len(batch.input_ids) for batch in batches] == steps
-
-
-def test_a_full_batch_has_a_text_in_every_row():
-    batch = full_batch((3, 20), 7)
-    assert (batch.input_ids == 7).all()
-    assert (batch.segment_ids == 1).all()
-    np.testing.assert_array_equal(batch.position_ids, [list(range(20))] * 3)
-    assert batch.rows.tolist() == [0, 1, 2]
 
 
 def test_nothing_to_pack():

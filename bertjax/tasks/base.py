@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from bertjax.config import BertConfig
-from bertjax.engine import Encoded, Engine, Window, progress_bar
+from bertjax.engine import Encoded, Engine, Samples, Window, progress_bar
 from bertjax.errors import ConfigError, InputError
 from bertjax.packing import PackedBatch, Shapes, max_segments
 from bertjax.text_inputs import check_text
@@ -31,6 +31,8 @@ class Plan(NamedTuple):
         read: turns a computed window into answers, one for each of its items.
         chunk: how many items are encoded at a time.
         max_length: the longest row of tokens, where that is less than the task's.
+        samples: batches that together need every program that a batch of their shape may need, where that is more
+            than one.
     """
 
     encode: Callable[[list[Any], int], Encoded]
@@ -38,6 +40,7 @@ class Plan(NamedTuple):
     read: Callable[[Window], list[Any]]
     chunk: int = 256
     max_length: int | None = None
+    samples: Samples | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +160,20 @@ class Task:
                 truncated=len(np.unique(encoded.owners[encoded.tokens.truncated])),
                 positions=window.num_positions,
             )
+
+    def warm_up(self, **options: Any) -> float:
+        """Compiles everything that calls will run, in all of `shapes`, for a server that must not wait for it later.
+
+        Without it each shape is compiled when it first comes up.
+
+        Args:
+            **options: those of the calls to come.
+
+        Returns:
+            How long it took, in seconds.
+        """
+        plan = self.plan(**options)
+        return self._engine.warm_up(plan.run, plan.samples, max_length=plan.max_length)
 
     def plan(self, **options: Any) -> Plan:
         """Checks the options of a call and says how to compute it."""

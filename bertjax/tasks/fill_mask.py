@@ -98,7 +98,7 @@ class FillMask(Task):
             raise InputError(f"top_k is {top_k}, the model has {words} words to choose from")
         ids = None if targets is None else self._target_ids(targets)
         count = top_k if ids is None else min(top_k, len(ids))
-        return Plan(self._encode, functools.partial(self._run, ids, count), self._read)
+        return Plan(self._encode, functools.partial(self._run, ids, count), self._read, samples=self._samples)
 
     def _target_ids(self, targets: str | Sequence[str]) -> np.ndarray:
         """The ids of the words to choose among, int32 [words], ascending."""
@@ -148,6 +148,11 @@ class FillMask(Task):
         hidden = self.model.bert(**batch.inputs()).last_hidden_state
         blocks = _blocks(np.flatnonzero(self._masks(batch)).astype(np.int32))
         return [best_words(self.model, hidden, block, targets, top_k=top_k) for block in blocks]
+
+    def _samples(self, shape: tuple[int, int]) -> list[list[np.ndarray]]:
+        # As many masks as there can be, for the large blocks, and one, for a small one.
+        full = np.full(shape[1], self.tokenizer.mask_token_id)
+        return [[full] * shape[0], [full[:1]]]
 
     def _masks(self, batch: PackedBatch) -> np.ndarray:
         """Which positions are masked, bool [rows, length]."""

@@ -148,7 +148,8 @@ class SparseEncoder(Task):
         limit = min(max_active_dims or self.spec.max_active_dims or words, words)
         room = _Room(min(limit, _ACTIVE))
         encode = functools.partial(encode_prompted, self.tokenizer, self.max_length, prompt, "inputs")
-        return Plan(encode, functools.partial(self._run, room), functools.partial(self._read, room, limit), chunk=1024)
+        run, read = functools.partial(self._run, room), functools.partial(self._read, room, limit)
+        return Plan(encode, run, read, chunk=1024, samples=self._samples)
 
     def _run(self, room: _Room, batch: PackedBatch) -> Found:
         """What `splade` finds for the batch's texts, in their order in it, and for no texts after them."""
@@ -164,6 +165,11 @@ class SparseEncoder(Task):
             activation_function=self.spec.activation_function,
             chunk=_CHUNK,
         )
+
+    def _samples(self, shape: tuple[int, int]) -> list[list[np.ndarray]]:
+        # Few texts, and as many as there can be; see `_text_slots`. More room is compiled when some text needs it.
+        one = np.array([self.tokenizer.pad_token_id])
+        return [[one], [one] * (shape[0] * max_segments(shape[1]))]
 
     def _read(self, room: _Room, limit: int, window: Window) -> list[SparseVector]:
         vectors: list[Any] = [None] * len(window.encoded.items)
