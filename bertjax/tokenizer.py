@@ -16,6 +16,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
+from bertjax.atomic import atomic_file
 from bertjax.errors import InputError, SourceError, TokenizerError
 from bertjax.folders import find
 from bertjax.text_inputs import check_texts, raise_for_input, whole_number
@@ -382,24 +383,30 @@ class Tokenizer:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write tokenizer.json and tokenizer_config.json, from which transformers and this class give the same ids.
 
+        Either file appears whole or not at all.
+
         Raises:
             SourceError: the folder can't be made or written to.
         """
         folder = Path(folder)
+        config = config_to_save(
+            self.backend,
+            self._special_tokens,
+            model_max_length=self.model_max_length,
+            truncation_side=self._truncation_side,
+            clean_up_tokenization_spaces=self._clean_up,
+        )
+        texts = {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
+        }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-            config = config_to_save(
-                self.backend,
-                self._special_tokens,
-                model_max_length=self.model_max_length,
-                truncation_side=self._truncation_side,
-                clean_up_tokenization_spaces=self._clean_up,
-            )
-            text = json.dumps(config, indent=2, ensure_ascii=False)
-            (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise SourceError(f"can't save the tokenizer to {folder}: {error}") from error
+        for name, text in texts.items():
+            with atomic_file(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
 
 def _clone(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

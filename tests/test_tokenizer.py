@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -210,6 +211,21 @@ def test_saving_where_a_file_is_in_the_way(tokenizer, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SourceError, match=r"can't save the tokenizer to .*file"):
         tokenizer.save_pretrained(tmp_path / "file")
+
+
+def test_files_are_saved_whole_or_stay_as_they_were(tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / "saved"
+    tokenizer.save_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(path, text, **options):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(SourceError, match="No space left"):
+        tokenizer.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # Calls
