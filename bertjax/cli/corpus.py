@@ -95,6 +95,6 @@ def _report(summary: Any, out: Path) -> None:
     click.echo(
         f"{counts.rows:,} row(s), {counts.tokens:,} tokens, {counts.fill:.1%} fill, {counts.truncated:,} truncated, "
         f"{counts.empty:,} empty, {counts.bad:,} bad; in {seconds['total']:.1f} s ({stages}){rate}, "
-        f"{summary.compiles} shapes compiled",
+        f"{summary.compiles} shape(s) compiled",
         err=True,
     )

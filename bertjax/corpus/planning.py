@@ -88,10 +88,10 @@ def _of_any_size(field: pa.Field) -> pa.Field:
 
 
 def _check_text(source: Source, text: tuple[str, ...]) -> None:
-    """Refuses a column of another type, of which every row would be bad."""
+    """Refuses a column of another type, of which every row would be bad, and one that is there twice."""
     names = source.text_columns()
     for name in text:
-        kind = pa.string() if name in names else source.schema([name]).field(0).type
+        kind = pa.string() if names.count(name) == 1 else source.schema([name]).field(0).type
         if not is_text(kind) and not pa.types.is_null(kind):
             found = ", ".join(map(repr, names)) or "none"
             raise InputError(f"{source.path}: column {name!r} holds {kind}, not texts; columns of texts: {found}")

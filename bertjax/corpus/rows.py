@@ -72,7 +72,7 @@ class Source(Protocol):
     """One file of rows."""
 
     def text_columns(self) -> list[str]:
-        """The columns that hold text, as far as the file's head says."""
+        """The columns that hold text, as far as the file's head says; a name that several have comes several times."""
 
     def schema(self, names: Sequence[str]) -> pa.Schema:
         """The types of columns. Raises `InputError` for one that is not there."""

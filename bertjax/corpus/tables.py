@@ -20,7 +20,9 @@ class _Table:
 
     def text_columns(self) -> list[str]:
         """See `Source`."""
-        return [field.name for field in self._schema() if is_text(field.type)]
+        schema = self._schema()
+        texts = {field.name for field in schema if is_text(field.type)}
+        return [name for name in schema.names if name in texts]  # also of another type, where two have one name
 
     def schema(self, names: Sequence[str]) -> pa.Schema:
         """See `Source`."""

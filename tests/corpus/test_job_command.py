@@ -2,6 +2,7 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import DATA
@@ -37,7 +38,7 @@ def test_a_folder_becomes_a_folder(sentence_folder, inputs, tmp_path):
     assert result.stderr.startswith(f"40 row(s), {tokens:,} tokens, ")
     assert f" 0 truncated, {empty} empty, 0 bad; in " in result.stderr
     again = run(*command)
-    assert again.stderr.endswith("0 shapes compiled\n")
+    assert again.stderr.endswith("0 shape(s) compiled\n")
     assert "rows/s" not in again.stderr
     changed = run(*command, "--dtype", "bfloat16", code=1)
     assert changed.stderr.startswith(f"Error: {tmp_path / 'out'}: holds another job")
@@ -61,6 +62,15 @@ def test_arrays_and_bad_rows(sentence_folder, tmp_path, monkeypatch):
 def test_two_columns_of_texts_need_a_name(sentence_folder, inputs, tmp_path):
     result = run("embed", inputs, "-m", sentence_folder, "--out", tmp_path / "out", code=1)
     assert "2 columns of texts ('id', 'text') to choose from; name one with text= (or --field)" in result.stderr
+
+
+def test_a_column_of_texts_that_is_there_twice_is_refused(sentence_folder, tmp_path):
+    (tmp_path / "a.csv").write_text("text,text\none,two\n")
+    both = pa.Table.from_arrays([pa.array(["one"]), pa.array([1])], names=["text", "text"])
+    pq.write_table(both, tmp_path / "b.parquet")
+    for name, message in {"a.csv": "has 2 columns 'text'", "b.parquet": "has more than one column 'text'"}.items():
+        options = ["-m", sentence_folder, "--field", "text", "--out", tmp_path / "out"]
+        assert f"{tmp_path / name}: {message}" in run("embed", tmp_path / name, *options, code=1).stderr
 
 
 @pytest.fixture(scope="module")
