@@ -348,16 +348,18 @@ def test_version_and_help_answer_without_loading_jax():
         assert f"Usage: main {command}" in run(command, "--help").stdout
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("command", [["embed", "-m", "{model}", "-t", "a"], ["info", "{model}"]])
-def test_a_full_disk_behind_standard_output_is_one_line(sentence_folder, command):
+def test_a_full_disk_behind_standard_output_is_one_line(sentence_folder, command, unbuffered):
     filled = [part.format(model=sentence_folder) for part in command]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "bertjax", *filled], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bertjax", *filled], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
         )
     assert done.returncode == 1
-    assert "No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == "Error: [Errno 28] No space left on device"
 
 
 def test_a_pipe_is_a_file(sentence_folder, vectors, tmp_path):

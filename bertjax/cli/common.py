@@ -55,10 +55,20 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except (BertjaxError, OSError) as error:
+            _drop_unwritten_output()
             # A reader that stops reading, such as `head`, is no error; click ends the process quietly.
             if ctx.find_root().params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             raise click.ClickException(printable(" ".join(str(error).split("\n")))) from None
+
+
+def _drop_unwritten_output() -> None:
+    # Python writes what standard output still holds as the process ends, and if that fails again, it ends with a status
+    # of its own (120) and a message that says nothing of the command.
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse_options(*names: str, because: str) -> None:
