@@ -109,9 +109,9 @@ def labels_of(task, *values):
 
 
 def test_labels_by_name_and_by_number(tokenizer):
-    labels, bad = labels_of(classify(tokenizer), "no", "yes", 1, "0", "2", 2, -1, None, True, 1.0, ["yes"])
+    labels, bad = labels_of(classify(tokenizer), "no", "yes", 1, "0", "2", 2, -1, None, True, 1.0, ["yes"], "9" * 5000)
     assert (labels.tolist(), labels.dtype) == ([0, 1, 1, 0], np.int32)
-    assert [place for place, _ in bad] == [f"row {row}" for row in range(4, 11)]
+    assert [place for place, _ in bad] == [f"row {row}" for row in range(4, 12)]
     assert bad[0][1] == "its label is '2', expected one of 'no', 'yes', or a number below 2"
     # A name that looks like a number is a name.
     assert labels_of(classify(tokenizer, ["1", "0"]), "1", "0", 1)[0].tolist() == [0, 1, 1]
@@ -126,10 +126,10 @@ def test_several_labels(tokenizer):
 
 
 def test_numbers(tokenizer):
-    labels, bad = labels_of(classify(tokenizer, ["x"], "regression"), 1, "2.5", -3.0, [4], "one", float("nan"), True)
+    labels, bad = labels_of(classify(tokenizer, ["x"], "regression"), 1, "2.5", -3.0, [4], "one", float("nan"), True, 10**400)
     assert labels.tolist() == [1.0, 2.5, -3.0, 4.0]
     assert bad[0] == ("row 4", "its label is 'one', expected a finite number")
-    assert len(bad) == 3
+    assert len(bad) == 4
     labels, bad = labels_of(classify(tokenizer, ["x", "y"], "regression"), [1, 2], "3|4", [5])
     assert labels.tolist() == [[1, 2], [3, 4]]
     assert bad == [("row 2", "its label is [5], expected 2 finite numbers")]
@@ -147,6 +147,7 @@ def test_names_of_labels_in_rows():
     assert names_of(["b|a", ["c"]]) == ["a", "b", "c"]
     assert names_of([[2], ["0"]]) == ["LABEL_0", "LABEL_1", "LABEL_2"]
     assert names_of([["a"], [None], [True], [0.5], [["x"]]]) == ["a"]
+    assert names_of([["9" * 5000], ["1"]]) == ["1", "9" * 5000]
     for values in ([], [[None]], [[10**12]], [[0.5]]):
         with pytest.raises(InputError, match="name them in the settings"):
             names_of(values)
@@ -212,7 +213,7 @@ def test_choices_stand_at_their_places(tokenizer):
 
 def test_scores_of_pairs(tokenizer, spec):
     task = CompareTexts(tokenizer, 16, spec=spec, columns=["text", "pair"], scale=5.0)
-    values = [5, "2.5", -5.0, 6, "x", None, float("nan")]
+    values = [5, "2.5", -5.0, 6, "x", None, float("nan"), 10**400]
     examples, rows = task.examples(rows_of([{"text": "a", "pair": "it", "score": value} for value in values]))
     assert examples.labels.tolist() == [1.0, 0.5, -1.0]
     assert rows.bad[0] == ("file", "row 3", "its score is 6, expected a number from -5 to 5")
@@ -269,6 +270,7 @@ GOOD = {"text": ["cat"], "answer_start": [4]}
             {"answers": GOOD | {"answer_start": []}},
             "its answers are {'text': ['cat'], ",
         ),
+        ("answer", {"answers": GOOD}, {"answers": GOOD | {"answer_start": [float("inf")]}}, "its answers are {'text'"),
         (
             "answer",
             {"answers": GOOD},

@@ -132,7 +132,7 @@ def _span(record: dict[str, Any]) -> tuple[int, int] | str | None:
     try:
         texts, starts = answers["text"], answers["answer_start"]
         found = list(zip(texts, map(int, starts), strict=True))
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):  # the last one of an infinity
         return f'its answers are {answers!r:.80}, expected {{"text": [...], "answer_start": [...]}}, of equal lengths'
     if not record["question"].strip() or not record["context"].strip():
         return "its question or its context is empty"

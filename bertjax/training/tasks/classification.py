@@ -23,6 +23,8 @@ _BEST = {
 }
 # Names that are taken from rows; a column that has more is a column of something else.
 _MOST_NAMES = 10_000
+# Digits of the greatest int64.
+_MOST_DIGITS = 19
 
 
 class ClassifyTexts(LearningTask):
@@ -108,7 +110,7 @@ def label_id(value: Any, ids: dict[str, int]) -> int | str:
 
 def number_below(count: int, value: Any) -> int | None:
     """The number from 0 to count - 1 that a value is, or that its digits are; None if it is none."""
-    number = int(value) if isinstance(value, str) and value.isdecimal() else as_integer(value)
+    number = int(value) if isinstance(value, str) and _is_number(value) else as_integer(value)
     return number if number is not None and 0 <= number < count else None
 
 
@@ -121,7 +123,7 @@ def names_of(values: Sequence[Any]) -> list[str]:
     flat = [each for value in values for each in (parts(value) if isinstance(value, str | list) else [value])]
     # Of what can be no label, the row is refused later, by its place.
     found = {str(each) for each in flat if isinstance(each, str | int) and not isinstance(each, bool)}
-    numbers = [int(name) for name in found if name.isdecimal()]
+    numbers = [int(name) for name in found if _is_number(name)]
     are_numbers = len(numbers) == len(found)
     count = max(numbers, default=-1) + 1 if are_numbers else len(found)
     if not 0 < count <= _MOST_NAMES:
@@ -130,6 +132,11 @@ def names_of(values: Sequence[Any]) -> list[str]:
             '(labels = [...]), or, for numbers to be predicted, set problem = "regression"'
         )
     return [f"LABEL_{number}" for number in range(count)] if are_numbers else sorted(found)
+
+
+def _is_number(name: str) -> bool:
+    """Whether a label's name is its number; of thousands of digits, Python makes no int."""
+    return name.isdecimal() and len(name) <= _MOST_DIGITS
 
 
 def parts(value: Any) -> list[Any]:
@@ -152,7 +159,7 @@ def _several(value: Any, ids: dict[str, int]) -> np.ndarray | str:
 def _numbers(value: Any, count: int) -> float | list[float] | str:
     try:
         numbers = [float(part) for part in parts(value) if not isinstance(part, bool)]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last one of an int above all floats
         numbers = []
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
         what = "a finite number" if count == 1 else f"{count} finite numbers"

@@ -142,6 +142,6 @@ class CompareTexts(_Sentences):
 def _score(value: Any, scale: float) -> float | str:
     try:
         score = float(value) / scale
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last one of an int above all floats
         score = np.nan
     return score if -1 <= score <= 1 else f"its score is {value!r:.40}, expected a number from {-scale:g} to {scale:g}"
