@@ -126,7 +126,8 @@ def test_several_labels(tokenizer):
 
 
 def test_numbers(tokenizer):
-    labels, bad = labels_of(classify(tokenizer, ["x"], "regression"), 1, "2.5", -3.0, [4], "one", float("nan"), True, 10**400)
+    values = (1, "2.5", -3.0, [4], "one", float("nan"), True, 10**400)
+    labels, bad = labels_of(classify(tokenizer, ["x"], "regression"), *values)
     assert labels.tolist() == [1.0, 2.5, -3.0, 4.0]
     assert bad[0] == ("row 4", "its label is 'one', expected a finite number")
     assert len(bad) == 4
