@@ -224,8 +224,11 @@ class BertConfig:
         Raises:
             ConfigError: the name is unknown or an override is unusable.
         """
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+        unknown = sorted(set(overrides) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown field {unknown[0]!r}; see the attributes of BertConfig")
         layers, hidden, heads = PRESETS[name]
         sizes = {
             "num_hidden_layers": layers,
@@ -250,7 +253,7 @@ class BertConfig:
             ConfigError: it is not BERT's, asks for a decoder or for something else that is not implemented, has
                 fields that are not known, or unusable values. One error names every problem.
         """
-        problems = _foreign_problems(config, frozenset(ignore))
+        problems = _foreign_problems(config, frozenset([ignore] if isinstance(ignore, str) else ignore))
         values = {name: config[name] for name in _FIELDS if name in config}
         problems += _value_problems(values)
         if problems:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from bertjax.errors import ConfigError
 from bertjax.folders import find
@@ -57,3 +58,27 @@ def read_cross_encoder_spec(folder: Path) -> CrossEncoderSpec:
         raise ConfigError(f"{file}: default_prompt_name is {show(prompt)}; prompts of pairs are not supported")
     settings, _ = read_transformer(folder, "", _CLASSIFIER_SETTINGS)
     return CrossEncoderSpec(folder, **settings, activation=expect(file, top, "activation_fn", str, None))
+
+
+def cross_encoder_files(activation: str) -> dict[str, Any]:
+    """The JSON files that sentence-transformers reads as a cross-encoder with this activation, by name.
+
+    From version 5.4 on it reads the first three; before, what is added to config.json (from version 4, and before it).
+    """
+    return {
+        "modules.json": [{"idx": 0, "name": "0", "path": "", "type": next(iter(_MODULE_TYPES))}],
+        "sentence_bert_config.json": {
+            name: _CLASSIFIER_SETTINGS[name][-1]
+            for name in ("transformer_task", "modality_config", "module_output_name")
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "CrossEncoder",
+            "activation_fn": activation,
+            "prompts": {},
+            "default_prompt_name": None,
+        },
+        "config.json": {
+            "sentence_transformers": {"activation_fn": activation},
+            "sbert_ce_default_activation_function": activation,
+        },
+    }

@@ -18,6 +18,8 @@ from bertjax.packing import PackedBatch, Shapes, max_segments
 from bertjax.prompts import choose_prompt, encode_prompted
 from bertjax.sentence import SentenceModel, vectors
 from bertjax.sentence_files import SentenceSpec
+from bertjax.similarity import similarity
+from bertjax.text_inputs import check_iterable
 from bertjax.tokenizer import Tokenizer
 
 
@@ -42,7 +44,8 @@ class SentenceEncoder:
     """A sentence-transformers model: tokenizer, encoder, pooling and what follows it.
 
     Texts of any lengths are packed into a few fixed shapes, so that a corpus compiles a handful of times. A text's
-    vector depends on nothing but the text: neither on its company nor on its place in the call.
+    vector depends on nothing but the text: neither on its company nor on its place in the call, but for rounding, which
+    is another one in another shape: within 1e-6 in float32, but more than that in shorter dtypes.
 
     Args:
         model: the computation, from token ids to vectors.
@@ -131,6 +134,18 @@ class SentenceEncoder:
             return np.zeros((0, self.output_dimension(truncate_dim)), np.float32)
         return np.concatenate(vectors)
 
+    def encode_query(self, texts: str | Iterable[str], **options: Any) -> np.ndarray:
+        """`encode` with the model's prompt "query", unless another one is asked for."""
+        return self.encode(texts, **_with_prompt("query", options))
+
+    def encode_document(self, texts: str | Iterable[str], **options: Any) -> np.ndarray:
+        """`encode` with the model's prompt "document", unless another one is asked for."""
+        return self.encode(texts, **_with_prompt("document", options))
+
+    def similarity(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """How near vectors are, by the function that the model was trained for; see `bertjax.similarity.similarity`."""
+        return similarity(self.spec.similarity_fn_name, first, second)
+
     def encode_stream(
         self,
         texts: Iterable[str],
@@ -145,8 +160,7 @@ class SentenceEncoder:
         Where `texts` itself fails, or holds something that is not a text, the batches before it are given first and the
         error is raised then.
         """
-        if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
-            raise InputError(f"texts is a {type(texts).__name__}, expected a list or another iterable of str")
+        check_iterable("texts", texts)
         prompt = choose_prompt(self.spec.prompts, self.spec.default_prompt_name, prompt_name, prompt)
         dim = self.output_dimension(truncate_dim)
         prompt_length = self.prompt_length_of(prompt)
@@ -201,6 +215,12 @@ def _vectors(model: SentenceModel, tokens: jax.Array, prompt_length: int, max_se
     input_ids, types, positions, segments = tokens
     inputs = known_inputs(input_ids=input_ids, token_type_ids=types, position_ids=positions, segment_ids=segments)
     return vectors(model, inputs, prompt_length, max_segments)
+
+
+def _with_prompt(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a call with the name of a prompt, where they have none."""
+    asked = any(options.get(each) is not None for each in ("prompt_name", "prompt"))
+    return options if asked else {**options, "prompt_name": name}
 
 
 def _finish(window: Window, dim: int, normalize: bool) -> EncodedBatch:

@@ -5,6 +5,7 @@ the position of the first offender. Inside a caller's own `jit`, `grad` or `vmap
 and dtypes are checked, and values are the caller's business.
 """
 
+import reprlib
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,18 @@ _INPUTS = (
     "segment_ids",
     "head_mask",
 )
+
+
+def check_dropout_key(key: Any) -> None:
+    """Raises `InputError` if `dropout_key` is neither None nor a JAX random key, new style or old."""
+    if key is None:
+        return
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", None)
+    is_key = isinstance(key, jax.Array | np.ndarray) and (
+        (jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()) or (dtype == jnp.uint32 and len(shape) == 1)
+    )
+    if not is_key:
+        raise InputError(f"dropout_key is {reprlib.repr(key)}, expected one random key, such as jax.random.key(0)")
 
 
 def check_inputs(

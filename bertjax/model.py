@@ -18,7 +18,7 @@ from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
 from bertjax.flat import jit_model
-from bertjax.inputs import check_inputs
+from bertjax.inputs import check_dropout_key, check_inputs
 from bertjax.int8 import dtype_of_attention, dtype_within, is_int8, refuse_dropout
 from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
 
@@ -236,6 +236,7 @@ class BertModel(nnx.Module):
             head_mask=head_mask,
         )
         check_max_segments(self, max_segments, segment_ids)
+        check_dropout_key(dropout_key)
         return _compiled_encode(
             self,
             inputs,

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from bertjax.checks import check_choice
 from bertjax.convert.tensors import inside
 from bertjax.errors import ConfigError
 from bertjax.folders import find
 from bertjax.json_files import read_json
+from bertjax.similarity import SIMILARITIES
 
 # The transformer module's own settings; the name used to depend on the architecture.
 _SETTINGS_FILES = tuple(
@@ -38,6 +40,9 @@ PLAIN_SETTINGS: Mapping[str, tuple[Any, ...]] = {
     },
 }
 _OTHER_SETTINGS = {"max_seq_length", "do_lower_case", "unpad_inputs"}
+
+#: Names of prompts that every model has in sentence-transformers, where the folder gives them no text.
+DEFAULT_PROMPTS: Mapping[str, str] = {"query": "", "document": ""}
 
 # Far above any that was ever published.
 _MAX_FEATURES = 1 << 20
@@ -135,13 +140,21 @@ def read_prompts(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """prompts and default_prompt_name of the whole model's settings."""
     prompts = expect(file, config, "prompts", dict, {})
     # A name without a text stands for the empty prompt: so the reference reads it.
-    prompts = {name: expect(file, prompts, name, str, "", "prompts.") for name in prompts}
+    prompts = {**DEFAULT_PROMPTS, **{name: expect(file, prompts, name, str, "", "prompts.") for name in prompts}}
     default = expect(file, config, "default_prompt_name", str, None)
     if default is not None and default not in prompts:
         raise ConfigError(
             f"{file}: default_prompt_name {show(default)} is not among the prompts {show(sorted(prompts))}"
         )
     return {"prompts": prompts, "default_prompt_name": default}
+
+
+def read_similarity(file: Path, config: Mapping[str, Any]) -> str | None:
+    """similarity_fn_name of the whole model's settings, or None where they say nothing."""
+    name = expect(file, config, "similarity_fn_name", str, None)
+    if name is not None:
+        check_choice(f"{file}: similarity_fn_name", name, SIMILARITIES, ConfigError)
+    return name
 
 
 def expect(file: Path, config: Mapping[str, Any], name: str, kind: type, default: Any, prefix: str = "") -> Any:

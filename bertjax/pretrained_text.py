@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from bertjax.embedder import SentenceEncoder
 from bertjax.errors import ConfigError, SourceError
 from bertjax.folders import find
 from bertjax.heads import BertForPreTraining
+from bertjax.json_files import read_json
 from bertjax.layers import DType
 from bertjax.model import BertModel
 from bertjax.pretrained import abstract, fill, from_pretrained, parameters, to_dtype, write_model
@@ -129,6 +130,8 @@ def _load_dense(spec: DenseSpec, width: int, sharding: Any) -> Dense:
 def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force: bool = False) -> None:
     """Writes a sentence-transformers folder, which that library reads from version 2 on.
 
+    A pooler, which the checkpoint may have had and vectors are made without, is not loaded and not written.
+
     Args:
         encoder: the encoder.
         folder: the folder to make; it appears complete or not at all.
@@ -141,12 +144,40 @@ def save_sentence_encoder(encoder: SentenceEncoder, folder: str | Path, *, force
     model = encoder.model
     with atomic_folder(folder, force=force) as temporary:
         write_model(model.bert, temporary, encoder.tokenizer, None, model.bert.layout)
-        for name, content in spec_files(encoder.spec, model.config.hidden_size, encoder.max_seq_length).items():
-            (temporary / name).parent.mkdir(exist_ok=True)
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _write_json(temporary, spec_files(encoder.spec, model.config.hidden_size, encoder.max_seq_length))
         for position, module in enumerate(model.modules, start=2):
             if isinstance(module, Dense):
                 _write_dense(module, temporary / f"{position}_Dense")
+
+
+def save_task(task: Task, folder: str | Path, *, force: bool = False) -> None:
+    """Writes a Hugging Face folder of a task's model and tokenizer, with all that its answers depend on.
+
+    A cross-encoder's and a sparse encoder's are folders of sentence-transformers, too.
+
+    Args:
+        task: the task; its longest input is written down as the tokenizer's model_max_length.
+        folder: the folder to make; it appears complete or not at all.
+        force: replace an existing model folder.
+
+    Raises:
+        SourceError: the folder exists already, or can't be written.
+        CheckpointError: see `save_pretrained`.
+    """
+    with atomic_folder(folder, force=force) as temporary:
+        write_model(task.model, temporary, None, None, task.model.layout)
+        task.tokenizer.save_pretrained(temporary, model_max_length=task.max_length)
+        files = task.folder_files()
+        added = files.pop("config.json", {})
+        if added:
+            files["config.json"] = read_json(temporary / "config.json", ConfigError) | added
+        _write_json(temporary, files)
+
+
+def _write_json(folder: Path, files: Mapping[str, Any]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_dense(module: Dense, folder: Path) -> None:

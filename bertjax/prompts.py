@@ -29,7 +29,7 @@ def choose_prompt(prompts: Mapping[str, str], default: str | None, name: str | N
     name = default if name is None else name
     if name is None:
         return ""
-    if name not in prompts:
+    if not isinstance(name, str) or name not in prompts:
         known = ", ".join(map(repr, prompts)) or "none"
         raise InputError(
             f"prompt_name {name!r} is not one of the model's prompts ({known}); pass prompt= (or --prompt)"

@@ -15,7 +15,7 @@ from jax import lax
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
 from bertjax.flat import jit_model
-from bertjax.inputs import check_inputs
+from bertjax.inputs import check_dropout_key, check_inputs
 from bertjax.layers import ACTIVATION_FUNCTIONS, linear
 from bertjax.model import BertModel, encode, module_tree
 
@@ -190,6 +190,7 @@ class SentenceModel(nnx.Module):
         if max_segments is not None:
             _check_count("max_segments", max_segments, 1, int | np.integer)
         _check_count("prompt_length", prompt_length, 0, int | np.integer | np.ndarray | jax.Array)
+        check_dropout_key(dropout_key)
         return _compiled_vectors(self, inputs, prompt_length, max_segments, dropout_key)
 
     def __str__(self) -> str:

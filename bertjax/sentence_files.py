@@ -13,10 +13,12 @@ from bertjax.errors import ConfigError
 from bertjax.folders import find
 from bertjax.json_files import read_json
 from bertjax.module_files import (
+    DEFAULT_PROMPTS,
     expect,
     expect_size,
     read_modules,
     read_prompts,
+    read_similarity,
     read_top,
     read_transformer,
     refuse_unknown,
@@ -73,6 +75,7 @@ class SentenceSpec:
         prompts: text put before every input, by name.
         default_prompt_name: the prompt used when none is asked for.
         truncate_dim: keep only that many leading numbers of every vector.
+        similarity_fn_name: what tells how near two vectors are, one of `similarity.SIMILARITIES`.
     """
 
     transformer: Path
@@ -81,9 +84,10 @@ class SentenceSpec:
     modules: tuple[DenseSpec | None, ...] = ()
     max_seq_length: int | None = None
     do_lower_case: bool = False
-    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_PROMPTS))
     default_prompt_name: str | None = None
     truncate_dim: int | None = None
+    similarity_fn_name: str = "cosine"
 
 
 def read_spec(folder: Path, pooling: str | tuple[str, ...] | None = None) -> SentenceSpec:
@@ -124,6 +128,7 @@ def read_spec(folder: Path, pooling: str | tuple[str, ...] | None = None) -> Sen
         **read_transformer(folder, transformer)[0],
         **prompts,
         truncate_dim=expect_size(file, top, "truncate_dim", None),
+        similarity_fn_name=read_similarity(file, top) or "cosine",
     )
 
 
@@ -223,9 +228,11 @@ def spec_files(spec: SentenceSpec, hidden_size: int, max_seq_length: int) -> dic
     ]
     files["1_Pooling/config.json"] = _pooling_config(spec, hidden_size)
     files["sentence_bert_config.json"] = {"max_seq_length": max_seq_length, "do_lower_case": False}
-    prompts = {"prompts": dict(spec.prompts), "default_prompt_name": spec.default_prompt_name}
-    truncation = {} if spec.truncate_dim is None else {"truncate_dim": spec.truncate_dim}
-    files["config_sentence_transformers.json"] = prompts | truncation
+    files["config_sentence_transformers.json"] = {
+        "prompts": dict(spec.prompts),
+        "default_prompt_name": spec.default_prompt_name,
+        "similarity_fn_name": spec.similarity_fn_name,
+    } | ({} if spec.truncate_dim is None else {"truncate_dim": spec.truncate_dim})
     return files
 
 

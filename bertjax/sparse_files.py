@@ -14,11 +14,13 @@ from bertjax.errors import ConfigError
 from bertjax.folders import find
 from bertjax.json_files import read_json
 from bertjax.module_files import (
+    DEFAULT_PROMPTS,
     PLAIN_SETTINGS,
     expect,
     expect_size,
     read_modules,
     read_prompts,
+    read_similarity,
     read_top,
     read_transformer,
     refuse_unknown,
@@ -60,6 +62,7 @@ class SparseSpec:
         do_lower_case: lower-case texts before they are tokenized.
         prompts: text put before every input, by name.
         default_prompt_name: the prompt used when none is asked for.
+        similarity_fn_name: what tells how near two vectors are, one of `similarity.SIMILARITIES`, or None.
     """
 
     transformer: Path | None = None
@@ -68,8 +71,9 @@ class SparseSpec:
     max_active_dims: int | None = None
     max_seq_length: int | None = None
     do_lower_case: bool = False
-    prompts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prompts: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(DEFAULT_PROMPTS))
     default_prompt_name: str | None = None
+    similarity_fn_name: str | None = None
 
     def __post_init__(self):
         check_choice("pooling_strategy", self.pooling_strategy, POOLING_STRATEGIES, ConfigError)
@@ -103,7 +107,34 @@ def read_sparse_spec(folder: Path) -> SparseSpec:
         **_settings(folder, transformer, is_general=kind == "general transformer"),
         **read_prompts(file, top),
         max_active_dims=expect_size(file, top, "max_active_dims"),
+        similarity_fn_name=read_similarity(file, top),
     )
+
+
+def spec_files(spec: SparseSpec) -> dict[str, Any]:
+    """The JSON files that `read_sparse_spec` reads as this spec, by name, but for the length of texts.
+
+    That is the tokenizer's model_max_length, which sentence-transformers reads.
+    """
+    kinds = (("", "MLMTransformer"), ("1_SpladePooling", "SpladePooling"))
+    limit = {} if spec.max_active_dims is None else {"max_active_dims": spec.max_active_dims}
+    return {
+        "modules.json": [
+            {"idx": index, "name": str(index), "path": path, "type": f"{_OLD}.{kind}"}
+            for index, (path, kind) in enumerate(kinds)
+        ],
+        "1_SpladePooling/config.json": {
+            "pooling_strategy": spec.pooling_strategy,
+            "activation_function": spec.activation_function,
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "SparseEncoder",
+            "prompts": dict(spec.prompts),
+            "default_prompt_name": spec.default_prompt_name,
+            "similarity_fn_name": spec.similarity_fn_name,
+            **limit,
+        },
+    }
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from bertjax.checks import check_count
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError
 from bertjax.flat import jit_model
-from bertjax.inputs import check_inputs, check_label_count, check_labelled_segments
+from bertjax.inputs import check_dropout_key, check_inputs, check_label_count, check_labelled_segments
 from bertjax.int8 import dtype_within
 from bertjax.layers import BertPredictionHead, DType, dropout, linear
 from bertjax.losses import IGNORED
@@ -212,6 +212,7 @@ class TaskModel(BertWithHeads):
             head_mask=head_mask,
         )
         check_max_segments(self.bert, max_segments, segment_ids)
+        check_dropout_key(dropout_key)
         given = {name: value for name, value in targets.items() if value is not None}
         if given:
             batch, length = (inputs["inputs_embeds"] if input_ids is None else inputs["input_ids"]).shape[:2]

@@ -32,6 +32,13 @@ def _check_str(name: str, text: Any) -> None:
         raise InputError(f"{name} is {shorten(text)} of type {type(text).__name__}, not a str")
 
 
+def check_iterable(name: str, inputs: Any) -> None:
+    """Raises `InputError` by `name` if something is no list of inputs, nor another iterable of them."""
+    # Bytes and sets iterate, too, but over numbers and in no order; a mapping over its keys.
+    if isinstance(inputs, (str, bytes, bytearray, Mapping, Set)) or not isinstance(inputs, Iterable):
+        raise InputError(f"{name} is a {type(inputs).__name__}, expected a list or another iterable that has an order")
+
+
 def check_texts(
     texts: Sequence[str], pairs: Sequence[str] | None, first_position: int
 ) -> tuple[list[str], list[str] | None]:
@@ -48,9 +55,7 @@ def check_texts(
 def _check_list(texts: Any, name: str, first_position: int) -> list[str]:
     if isinstance(texts, str):
         raise InputError(f"{name} is one str: pass a list, [text]")
-    # Bytes and sets iterate, too, but over numbers and in no order; a mapping over its keys.
-    if isinstance(texts, (bytes, bytearray, Mapping, Set)) or not isinstance(texts, Iterable):
-        raise InputError(f"{name} must be a list of str, not {type(texts).__name__}")
+    check_iterable(name, texts)
     texts = list(texts)
     for position, text in enumerate(texts, first_position):
         _check_str(f"{name}[{position}]", text)

@@ -8,6 +8,7 @@ where transformers silently follows one of them.
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -338,7 +339,8 @@ class Tokenizer:
             raise InputError("truncation='only_second' cuts the second text of each pair, but there are no pairs")
         if max_length is None:
             return self.backend
-        max_length = whole_number(max_length, "max_length")
+        # What is above what the backend can count, such as the 10^30 that stands for no limit in transformers' files.
+        max_length = min(whole_number(max_length, "max_length"), sys.maxsize)
         if max_length < self.num_special_tokens(pair):
             raise InputError(f"max_length={max_length} is less than the {self.num_special_tokens(pair)} special tokens")
         wanted = (max_length, truncation)
@@ -380,10 +382,14 @@ class Tokenizer:
         """How many tokens are added to a text, or to a pair of texts."""
         return self.backend.num_special_tokens_to_add(pair)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, from which transformers and this class give the same ids.
 
         Either file appears whole or not at all.
+
+        Args:
+            folder: the folder, which is made if need be.
+            model_max_length: the longest text in tokens, in the place of the tokenizer's own.
 
         Raises:
             SourceError: the folder can't be made or written to.
@@ -392,7 +398,7 @@ class Tokenizer:
         config = config_to_save(
             self.backend,
             self._special_tokens,
-            model_max_length=self.model_max_length,
+            model_max_length=model_max_length or self.model_max_length,
             truncation_side=self._truncation_side,
             clean_up_tokenization_spaces=self._clean_up,
         )

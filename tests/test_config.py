@@ -99,6 +99,10 @@ def test_presets_take_overrides_and_unknown_names_are_refused():
     assert BertConfig.preset("tiny", vocab_size=99).vocab_size == 99
     with pytest.raises(ConfigError, match=r"'huge'.*tiny, mini"):
         BertConfig.preset("huge")
+    with pytest.raises(ConfigError, match=r"unknown preset \['tiny'\]"):
+        BertConfig.preset(["tiny"])
+    with pytest.raises(ConfigError, match="unknown field 'hidden'"):
+        BertConfig.preset("tiny", hidden=99)
     with pytest.raises(ConfigError, match="vocab_size=0"):
         BertConfig.preset("tiny", vocab_size=0)
 
@@ -174,7 +178,7 @@ def test_harmless_values_and_ignored_fields_are_accepted():
     with pytest.raises(ConfigError, match=r"'mystery'.*ignore"):
         BertConfig.from_hf(harmless)
     config = BertConfig.from_hf(harmless, ignore=["mystery"])
-    assert config.extra == harmless
+    assert config.extra == BertConfig.from_hf(harmless, ignore="mystery").extra == harmless
     assert BertConfig.from_hf({}) == BertConfig()  # the oldest configs name no model_type
 
 

@@ -12,6 +12,7 @@ from bertjax import BertConfig, ConfigError, InputError, SentenceEncoder, Senten
 from bertjax.packing import pack
 from bertjax.sentence import Dense, Normalize
 from bertjax.sentence_files import DenseSpec
+from bertjax.similarity import SIMILARITIES, similarity
 
 PLAIN_WORDS = [word for word in WORDS if not word.startswith("##")]
 
@@ -87,7 +88,7 @@ def test_a_lone_surrogate_is_refused_with_its_position(encoder):
         encoder.encode(["a"] * 1025 + ["\ud800"])
 
 
-@pytest.mark.parametrize("texts", [5, None, b"bytes"])
+@pytest.mark.parametrize("texts", [5, None, b"bytes", {"text": "a"}, {"a", "b"}])
 def test_what_is_not_a_list_of_texts_is_refused(encoder, texts):
     with pytest.raises(InputError, match=f"texts is a {type(texts).__name__}, expected a list"):
         encoder.encode(texts)
@@ -143,11 +144,25 @@ def test_prompts(encoder):
     np.testing.assert_allclose(encoder.encode(texts, prompt_name="query"), by_hand, rtol=0, atol=1e-6)
     np.testing.assert_allclose(encoder.encode(texts, prompt="she was "), by_hand, rtol=0, atol=1e-6)
     assert np.abs(encoder.encode(texts) - by_hand).max() > 1e-3
-    with pytest.raises(InputError, match=r"'passage' is not one of the model's prompts \('query', 'none'\)"):
+    with pytest.raises(InputError, match=r"'passage' is not one of .* \('query', 'document', 'none'\)"):
         encoder.encode(texts, prompt_name="passage")
     np.testing.assert_array_equal(encoder.encode(texts, prompt="", prompt_name="query"), encoder.encode(texts))
     with pytest.raises(InputError, match="prompt is 3, expected a text"):
         encoder.encode(texts, prompt=3)
+    with pytest.raises(InputError, match=r"prompt_name \['query'\] is not one"):
+        encoder.encode(texts, prompt_name=["query"])
+
+
+def test_queries_and_documents_have_their_prompts(encoder):
+    texts = some_texts(5)
+    spec = dataclasses.replace(encoder.spec, prompts=encoder.spec.prompts | {"document": "it is "})
+    encoder = SentenceEncoder(encoder.model, encoder.tokenizer, dataclasses.replace(spec, default_prompt_name="query"))
+    query, document = (encoder.encode(texts, prompt_name=name) for name in ("query", "document"))
+    assert np.abs(query - document).max() > 1e-3
+    np.testing.assert_array_equal(encoder.encode_query(texts, truncate_dim=4), query[:, :4])
+    np.testing.assert_array_equal(encoder.encode_document(texts), document)
+    np.testing.assert_array_equal(encoder.encode_document(texts[0], prompt=""), encoder.encode(texts, prompt="")[0])
+    np.testing.assert_array_equal(encoder.encode_document(texts, prompt_name="query"), query)
 
 
 def test_truncation_and_normalisation_of_vectors(encoder):
@@ -223,6 +238,31 @@ def test_a_saved_encoder_is_the_same_here_and_in_sentence_transformers(encoder, 
         np.testing.assert_allclose(theirs, expected, rtol=0, atol=1e-6)
     with pytest.raises(SourceError, match="already exists"):
         encoder.save_pretrained(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("name", SIMILARITIES)
+def test_similarities_are_those_of_sentence_transformers(encoder, tmp_path, name):
+    encoder = SentenceEncoder(
+        encoder.model, encoder.tokenizer, dataclasses.replace(encoder.spec, similarity_fn_name=name)
+    )
+    encoder.save_pretrained(tmp_path / "saved")
+    assert SentenceEncoder.from_pretrained(tmp_path / "saved").spec.similarity_fn_name == name
+    vectors = encoder.encode(some_texts(5))
+    found = encoder.similarity(vectors, vectors[:3])
+    assert (found.dtype, found.shape) == (np.float32, (5, 3))
+    assert (np.argmax(found, axis=0) == np.arange(3)).all()
+    reference = require("sentence_transformers").SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    np.testing.assert_allclose(found, reference.similarity(vectors, vectors[:3]).numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(encoder.similarity(vectors[1], vectors), similarity(name, vectors[1:2], vectors))
+
+
+def test_what_has_no_similarity_is_refused():
+    with pytest.raises(InputError, match="similarity_fn_name is 'near', expected one of 'cosine', 'dot'"):
+        similarity("near", np.ones(3), np.ones(3))
+    with pytest.raises(InputError, match="have 3 and 4 numbers"):
+        similarity("dot", np.ones(3), np.ones((2, 4)))
+    with pytest.raises(InputError, match=r"second has the shape \(1, 2, 3\)"):
+        similarity("dot", np.ones(3), np.ones((1, 2, 3)))
 
 
 def test_bfloat16_is_near(encoder, sentence_folder):

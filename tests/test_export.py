@@ -78,9 +78,12 @@ def test_long_texts_are_cut_and_there_may_be_none(loaded, encoder):
 def test_prompts(loaded, encoder):
     texts = some_texts(3, 8)
     prompted = encoder.encode(texts, prompt_name="query")
+    single = loaded.encode(texts[1], prompt_name="query")
+    np.testing.assert_allclose(single, prompted[1], rtol=0, atol=1e-6)
     np.testing.assert_allclose(loaded.encode(texts, prompt_name="query"), prompted, rtol=0, atol=1e-6)
     assert loaded.config["prompts"] == {
         "": {"text": "", "tokens": 0},
+        "document": {"text": "", "tokens": 0},
         "none": {"text": "", "tokens": 0},
         "query": {"text": "she was ", "tokens": 0},
     }

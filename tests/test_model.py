@@ -385,6 +385,9 @@ def test_dropout_is_off_without_a_key_and_random_with_one():
     model, ids = tiny(), random_ids((2, 9))
     plain = model(ids).last_hidden_state
     np.testing.assert_array_equal(plain, model(ids).last_hidden_state)
+    for wrong in (3, "key", np.float32(1), jax.random.split(jax.random.key(1))):
+        with pytest.raises(InputError, match="expected one random key"):
+            model(ids, dropout_key=wrong)
     one = model(ids, dropout_key=jax.random.key(1)).last_hidden_state
     np.testing.assert_array_equal(one, model(ids, dropout_key=jax.random.key(1)).last_hidden_state)
     two = model(ids, dropout_key=jax.random.key(2)).last_hidden_state

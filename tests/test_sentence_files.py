@@ -139,7 +139,11 @@ def test_a_folder_without_the_optional_files(folder):
     for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
         (folder / name).unlink()
     spec = read_spec(folder)
-    assert (spec.max_seq_length, dict(spec.prompts), spec.default_prompt_name) == (None, {}, None)
+    assert (spec.max_seq_length, dict(spec.prompts), spec.default_prompt_name) == (
+        None,
+        {"query": "", "document": ""},  # those that every model has
+        None,
+    )
     assert load(folder).max_seq_length == 24  # that of the positions
 
 
@@ -159,7 +163,7 @@ def test_pooling_may_be_chosen_by_the_caller(folder):
 
 def test_a_prompt_without_a_text_is_empty(folder):
     change(folder / "config_sentence_transformers.json", prompts={"query": None, "x": "y"})
-    assert read_spec(folder).prompts == {"query": "", "x": "y"}
+    assert read_spec(folder).prompts == {"query": "", "document": "", "x": "y"}
 
 
 # The new layout, and the two libraries side by side
@@ -546,6 +550,7 @@ def test_an_unusable_normalize_is_refused(folder, fields, message):
         ({"prompts": {"query": ["a"]}}, r"prompts\.query is \['a'\], expected str"),
         ({"default_prompt_name": "quarry"}, "default_prompt_name 'quarry' is not among the prompts"),
         ({"default_prompt_name": 0}, "default_prompt_name is 0, expected str"),
+        ({"similarity_fn_name": "maxsim"}, "similarity_fn_name is 'maxsim', expected one of 'cosine'"),
         ({"truncate_dim": "4"}, "truncate_dim is '4', expected int"),
         ({"truncate_dim": -4}, "truncate_dim is -4, expected a positive integer"),
         ({"truncate_dim": 0}, "truncate_dim is 0, expected a positive integer"),
@@ -588,7 +593,7 @@ def test_settings_that_change_nothing_are_accepted(folder):
     spec = read_spec(folder)
     plain = {"unpad_inputs": True, "query_length": None, "model_args": {"trust_remote_code": True}, "config_args": {}}
     change(folder / "sentence_bert_config.json", **plain)
-    change(folder / "config_sentence_transformers.json", similarity_fn_name="dot", requirements=None)
+    change(folder / "config_sentence_transformers.json", similarity_fn_name="cosine", requirements=None)
     assert read_spec(folder) == spec
 
 

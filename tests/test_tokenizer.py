@@ -253,6 +253,12 @@ def test_padding_uses_the_tokenizers_own_padding_token(tmp_path):
     assert tokenizer(["", "a"]).padded()["input_ids"][0].tolist() == [3, 4, 1]
 
 
+def test_what_stands_for_no_limit_is_none(tokenizer):
+    whole = tokenizer(["the sun"]).input_ids[0].tolist()
+    for limit in (10**30, 2**63):
+        assert tokenizer(["the sun"], max_length=limit).input_ids[0].tolist() == whole
+
+
 def test_no_texts_give_empty_arrays(tokenizer):
     for tokens in (tokenizer([]), tokenizer([], [], max_length=9)):
         assert len(tokens) == 0 and tokens.truncated.shape == (0,)
@@ -273,7 +279,7 @@ def test_padding_names_the_row_that_is_too_long(tokenizer):
 
 @pytest.mark.parametrize("texts", ["the sun", b"the", None, 3, {"text": "a"}, {"a", "b"}])
 def test_texts_must_be_a_list(tokenizer, texts):
-    message = r"pass a list, \[text\]" if isinstance(texts, str) else "must be a list of str"
+    message = r"pass a list, \[text\]" if isinstance(texts, str) else "texts is a .*, expected a list or another"
     with pytest.raises(InputError, match=message):
         tokenizer(texts)
 

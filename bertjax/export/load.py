@@ -30,8 +30,13 @@ class Encoder:
         program = jax.export.deserialize(bytearray((folder / "encoder.jax_export").read_bytes()))
         self.run = jax.jit(program.call)
 
-    def encode(self, texts: list[str], prompt_name: str | None = None) -> np.ndarray:
-        """The vectors of texts, a row a text. Each number of texts is compiled anew, and each of config["lengths"]."""
+    def encode(self, texts: str | list[str], prompt_name: str | None = None) -> np.ndarray:
+        """The vectors of texts, a row a text; of a single text, its vector.
+
+        Each number of texts is compiled anew, and each of config["lengths"].
+        """
+        if isinstance(texts, str):
+            return self.encode([texts], prompt_name)[0]
         config = self.config
         prompt = config["prompts"][config["default_prompt_name"] if prompt_name is None else prompt_name]
         rows = self.tokenizer.encode_batch([prompt["text"] + text for text in texts])

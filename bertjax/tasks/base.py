@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -14,7 +14,7 @@ from bertjax.config import BertConfig
 from bertjax.engine import Encoded, Engine, Samples, Window, progress_bar
 from bertjax.errors import ConfigError, InputError
 from bertjax.packing import PackedBatch, Shapes, max_segments
-from bertjax.text_inputs import check_text
+from bertjax.text_inputs import check_iterable, check_text
 from bertjax.tokenizer import Tokenizer
 from bertjax.tokens import Tokens
 
@@ -79,7 +79,7 @@ class Task:
     """From text to answers, through a model with a head.
 
     Inputs of any lengths are packed into a few fixed shapes, so that a corpus compiles a handful of times. An answer
-    depends on nothing but its input: neither on its company nor on its place in the call.
+    depends on nothing but its input: neither on its company nor on its place in the call, but for rounding.
 
     Args:
         model: a model of the class that the task needs.
@@ -128,6 +128,16 @@ class Task:
         """
         return TaskFolder(folder)
 
+    def save_pretrained(self, folder: str | Path, *, force: bool = False) -> None:
+        """Writes a folder that `from_pretrained` reads as this task; see `bertjax.pretrained_text.save_task`."""
+        from bertjax.pretrained_text import save_task
+
+        save_task(self, folder, force=force)
+
+    def folder_files(self) -> dict[str, dict[str, Any] | list[Any]]:
+        """What `read_folder` reads: JSON files by name, and of config.json what is added to the model's."""
+        return {}
+
     @property
     def max_length(self) -> int:
         """The longest input in tokens, special tokens included."""
@@ -149,9 +159,7 @@ class Task:
             **options: those of a call.
         """
         plan = self.plan(**options)
-        # A set has no order in which its answers could come.
-        if isinstance(inputs, str | bytes | Mapping | Set) or not isinstance(inputs, Iterable):
-            raise InputError(f"inputs is a {type(inputs).__name__}, expected a list or another iterable")
+        check_iterable("inputs", inputs)
         for window in self._engine.windows(inputs, plan.encode, plan.run, chunk=plan.chunk, max_length=plan.max_length):
             encoded = window.encoded
             yield AnsweredBatch(
@@ -237,7 +245,7 @@ def as_pair(
     """The two texts of an input.
 
     Args:
-        item: a tuple of two texts, or a mapping with `keys`.
+        item: a tuple of two texts, or a mapping with `keys`; a list of two texts where nothing else can be meant.
         position: the input's position, for messages.
         keys: what the first text is called, and the second.
         least: 1 where a single text will do: a str, or a mapping with the first key only.
@@ -250,9 +258,9 @@ def as_pair(
         if set(item) not in (set(keys), set(keys[:least])):
             raise InputError(f"{name} has the keys {sorted(map(str, item))}, expected {keys[0]!r} and {keys[1]!r}")
         texts = {f"{name}[{key!r}]": item[key] for key in keys if key in item}
-    elif isinstance(item, tuple):
+    elif isinstance(item, tuple) or (isinstance(item, list) and least == 2):
         if len(item) != 2:
-            raise InputError(f"{name} is a tuple of {len(item)}, expected a pair, ({', '.join(keys)})")
+            raise InputError(f"{name} is a {type(item).__name__} of {len(item)}, expected a pair, ({', '.join(keys)})")
         texts = {f"{name}[{index}]": text for index, text in enumerate(item)}
     elif least == 1:
         texts = {name: item}

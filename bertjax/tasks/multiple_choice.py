@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from bertjax.checks import check_choice
 from bertjax.engine import Encoded, Window
 from bertjax.errors import InputError
 from bertjax.heads import BertForMultipleChoice
 from bertjax.packing import PackedBatch
 from bertjax.tasks.base import Plan, Task, check_reads_pairs, softmax
-from bertjax.text_inputs import check_text
+from bertjax.text_inputs import check_iterable, check_text
 
 #: A text, and those that may go with it.
 TextAndChoices = tuple[str, Sequence[str]] | Mapping[str, Any]
@@ -61,13 +62,15 @@ class MultipleChoice(Task):
             A `Choice`, or a list of them; of equal scores the first choice is taken.
 
         Raises:
-            InputError: an input is not of this form, or has no choices, with its position.
+            InputError: an input is not of this form, or has no choices, with its position; or `apply_softmax` is no
+                bool.
             ConfigError: the model can't read two texts together.
         """
         return self._answer(inputs, show_progress_bar, apply_softmax=apply_softmax)
 
     def plan(self, *, apply_softmax: bool = True) -> Plan:
         """See `Task.plan`."""
+        check_choice("apply_softmax", apply_softmax, (True, False))
         check_reads_pairs(self.model.config)
 
         def read(window: Window) -> list[Choice]:
@@ -105,8 +108,7 @@ def _parsed(item: Any, name: str) -> tuple[str, list[str]]:
         raise InputError(f"{name} is no text with choices; pass a tuple, (text, choices), or a mapping with these keys")
     text, choices = item
     check_text(f"{name}: the text", text)
-    if isinstance(choices, str | bytes | Mapping) or not isinstance(choices, Iterable):
-        raise InputError(f"{name}: choices is a {type(choices).__name__}, expected a list of texts")
+    check_iterable(f"{name}: choices", choices)
     choices = list(choices)
     if not choices:
         raise InputError(f"{name} has no choices")

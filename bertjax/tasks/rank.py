@@ -8,12 +8,12 @@ from typing import Any
 
 from bertjax.checks import check_choice, check_count
 from bertjax.config import BertConfig
-from bertjax.cross_encoder_files import read_cross_encoder_spec
+from bertjax.cross_encoder_files import cross_encoder_files, read_cross_encoder_spec
 from bertjax.engine import Window
 from bertjax.errors import ConfigError, InputError
 from bertjax.heads import BertForSequenceClassification
 from bertjax.tasks.base import Plan, Task, TaskFolder, TextOrPair, sigmoid, softmax
-from bertjax.text_inputs import check_text
+from bertjax.text_inputs import check_iterable, check_text
 from bertjax.tokenizer import Tokenizer
 
 _ACTIVATIONS = {"identity": lambda logits: logits, "sigmoid": sigmoid}
@@ -79,6 +79,10 @@ class CrossEncoder(Task):
         options = {"max_length": spec.max_seq_length, "activation_fn": spec.activation}
         return TaskFolder(spec.transformer, do_lower_case=spec.do_lower_case, options=options)
 
+    def folder_files(self) -> dict[str, Any]:
+        """See `Task.folder_files`."""
+        return cross_encoder_files(next(name for name, known in _TORCH_ACTIVATIONS.items() if known == self.activation))
+
     def __call__(
         self,
         inputs: TextOrPair | Iterable[TextOrPair],
@@ -131,8 +135,7 @@ class CrossEncoder(Task):
         if self.model.config.num_labels != 1:
             raise ConfigError(f"to rank takes a model of one label, and this one has {self.model.config.num_labels}")
         top_k = None if top_k is None else check_count("top_k", top_k)
-        if isinstance(documents, str | bytes | Mapping) or not isinstance(documents, Iterable):
-            raise InputError(f"documents is a {type(documents).__name__}, expected a list or another iterable of texts")
+        check_iterable("documents", documents)
         documents = list(documents)
         check_text("query", query)
         for position, text in enumerate(documents):

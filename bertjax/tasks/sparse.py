@@ -22,7 +22,7 @@ from bertjax.errors import InputError
 from bertjax.heads import BertForMaskedLM
 from bertjax.packing import PackedBatch, max_segments
 from bertjax.prompts import choose_prompt, encode_prompted
-from bertjax.sparse_files import SparseSpec, read_sparse_spec
+from bertjax.sparse_files import SparseSpec, read_sparse_spec, spec_files
 from bertjax.tasks.base import Plan, Task, TaskFolder
 from bertjax.tokenizer import Tokenizer
 
@@ -86,6 +86,10 @@ class SparseEncoder(Task):
         """Reads how sentence-transformers saved a sparse encoder; see `sparse_files.read_sparse_spec`."""
         spec = read_sparse_spec(folder)
         return TaskFolder(spec.transformer, spec.do_lower_case, {"spec": spec})
+
+    def folder_files(self) -> dict[str, Any]:
+        """See `Task.folder_files`."""
+        return spec_files(self.spec)
 
     def __call__(
         self,

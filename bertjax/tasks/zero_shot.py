@@ -177,7 +177,7 @@ def _hypothesis(template: str, label: str) -> str:
     """What is claimed of a text for a label."""
     try:
         filled, other = template.format(label), template.format(f"{label}.")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, MemoryError, OverflowError) as error:
         raise InputError(f"hypothesis_template {reprlib.repr(template)} can't be filled in: {error!r}") from None
     if filled == other:
         raise InputError(f"hypothesis_template {reprlib.repr(template)} has no place for the label; write {{}} there")

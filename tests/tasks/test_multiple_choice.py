@@ -81,7 +81,7 @@ def test_a_second_call_compiles_nothing(task):
     ("inputs", "message"),
     [
         ("one text", r"inputs\[0\] is no text with choices; pass a tuple, \(text, choices\)"),
-        ([("a", ["b"]), ("a", "b")], r"inputs\[1\]: choices is a str, expected a list of texts"),
+        ([("a", ["b"]), ("a", "b")], r"inputs\[1\]: choices is a str, expected a list or another"),
         ([("a", [])], r"inputs\[0\] has no choices"),
         ([("a", ["b", 3])], r"inputs\[0\]: choice 1 is 3 of type int"),
         ([(None, ["b"])], r"inputs\[0\]: the text is None of type NoneType"),
@@ -92,6 +92,11 @@ def test_a_second_call_compiles_nothing(task):
 def test_what_is_no_text_with_choices_is_refused(task, inputs, message):
     with pytest.raises(InputError, match=message):
         task(inputs)
+
+
+def test_softmax_is_asked_for_by_a_bool(task):
+    with pytest.raises(InputError, match="apply_softmax is 'no', expected one of True, False"):
+        task(STORIES, apply_softmax="no")
 
 
 def test_another_model_is_refused():

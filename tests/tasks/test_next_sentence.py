@@ -63,7 +63,8 @@ def test_a_second_call_compiles_nothing(task):
     [
         ("one text", r"inputs\[0\] is no pair of texts; pass a tuple"),
         ([("a", "b"), "one text"], r"inputs\[1\] is no pair of texts"),
-        ([["a", "b"]], r"inputs\[0\] is no pair of texts; pass a tuple, \(text, text_pair\), or a mapping"),
+        (["a", "b"], r"inputs\[0\] is no pair of texts; pass a tuple, \(text, text_pair\), or a mapping"),
+        ([["a", "b", "c"]], r"inputs\[0\] is a list of 3, expected a pair"),
         ([("a", "b"), ("a", 3)], r"inputs\[1\]\[1\] is 3 of type int"),
         ([("a", None)], r"inputs\[0\]\[1\] is None of type NoneType"),
         ([{"text": "a"}], r"inputs\[0\] has the keys \['text'\], expected 'text' and 'text_pair'"),

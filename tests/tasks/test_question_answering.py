@@ -190,7 +190,7 @@ def test_a_stream_is_read_as_it_is_answered(task):
 BAD = [
     ("who?", r"inputs\[3\] is no pair of texts; pass a tuple, \(question, context\), or a mapping with"),
     (("who?",), r"inputs\[3\] is a tuple of 1"),
-    (["who?", "a"], r"inputs\[3\] is no pair of texts"),
+    (["who?", "a", "b"], r"inputs\[3\] is a list of 3, expected a pair"),
     ({"question": "who?"}, r"inputs\[3\] has the keys \['question'\]"),
     ({"question": "who?", "context": "a", "id": 7}, r"inputs\[3\] has the keys \['context', 'id', 'question'\]"),
     ({"question": "who?", "context": None}, r"inputs\[3\]\['context'\] is None of type NoneType, not a str"),

@@ -10,7 +10,7 @@ from oracle import require
 from test_classification import EXPECTED, FOLDER, TOKENIZER
 
 from bertjax import convert_checkpoint
-from bertjax.errors import ConfigError, InputError
+from bertjax.errors import ConfigError, InputError, SourceError
 from bertjax.tasks.rank import CrossEncoder, RankedDocument
 
 PAIRS = [*map(tuple, EXPECTED["pairs"]), ("the game", ""), ("she was happy", "the song is sad"), ("sun", "sun")]
@@ -84,6 +84,27 @@ def test_a_folder_that_sentence_transformers_saved(single, tmp_path, activation)
     converted = load(tmp_path / "converted")
     assert (converted.max_length, converted.activation) == (20, task.activation)
     np.testing.assert_allclose(task(PAIRS), theirs.predict(PAIRS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "identity"])
+def test_a_folder_that_was_saved_is_the_same_task_here_and_there(copy, tmp_path, activation):
+    # What the folder said before is not what the task does.
+    change(copy, "config.json", sbert_ce_default_activation_function=SIGMOID)
+    task = load(copy, activation_fn=activation, max_length=12)
+    task.save_pretrained(tmp_path / "saved")
+    again, theirs = load(tmp_path / "saved"), reference(tmp_path / "saved")
+    assert (again.activation, again.max_length, theirs.max_seq_length) == (activation, 12, 12)
+    expected = task([[*pair] for pair in PAIRS])
+    assert again(PAIRS) == expected
+    np.testing.assert_allclose(theirs.predict(PAIRS), expected, rtol=0, atol=1e-5)
+    # Before version 5.4 nothing but config.json is read.
+    for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        (tmp_path / "saved" / name).unlink()
+    assert load(tmp_path / "saved")(PAIRS) == expected
+    np.testing.assert_allclose(reference(tmp_path / "saved").predict(PAIRS), expected, rtol=0, atol=1e-5)
+    with pytest.raises(SourceError, match="exists"):
+        task.save_pretrained(tmp_path / "saved")
+    task.save_pretrained(tmp_path / "saved", force=True)
 
 
 def test_several_labels_have_logits_or_a_softmax():
@@ -185,8 +206,9 @@ def test_other_folders_of_sentence_transformers_are_refused(copy, name, fields, 
     ("call", "error", "message"),
     [
         (lambda task: task([("a", "b")], apply_softmax=True), InputError, "apply_softmax is for models of several"),
-        (lambda task: task([("a", "b"), ["c", "d"]]), InputError, r"inputs\[1\] is no pair of texts; pass a tuple"),
+        (lambda task: task([("a", "b"), "c"]), InputError, r"inputs\[1\] is no pair of texts; pass a tuple"),
         (lambda task: task.rank("a", "passage"), InputError, "documents is a str, expected a list"),
+        (lambda task: task.rank("a", {"b", "c"}), InputError, "documents is a set, expected a list"),
         (lambda task: task.rank("a", ["b", None]), InputError, r"documents\[1\] is None of type NoneType"),
         (lambda task: task.rank("a", ["b", "\ud800"]), InputError, r"documents\[1\] has a lone surrogate"),
         (lambda task: task.rank(5, ["b"]), InputError, "query is 5 of type int, not a str"),

@@ -141,6 +141,7 @@ def test_a_tuple_is_several_texts(task):
         (["a"], {"hypothesis_template": "{label}"}, "can't be filled in: KeyError"),
         (["a"], {"hypothesis_template": "{"}, "can't be filled in: ValueError"),
         (["a"], {"hypothesis_template": "{[a]}"}, "can't be filled in: TypeError"),
+        (["a"], {"hypothesis_template": "{:>99999999999999}"}, "can't be filled in: MemoryError"),
         (["a"], {"hypothesis_template": None}, "hypothesis_template is None of type NoneType, not a str"),
         (["a"], {"hypothesis_template": "{} \ud800"}, "hypothesis_template has a lone surrogate"),
         (["a"], {"multi_label": "yes"}, "multi_label is 'yes', expected one of True, False"),
