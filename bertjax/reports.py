@@ -122,7 +122,8 @@ def _describe_use(spec: SentenceSpec | SparseSpec | CrossEncoderSpec | None) -> 
     if isinstance(spec, SparseSpec):
         return f"sparse     SPLADE, {spec.pooling_strategy}, {spec.activation_function}; {_describe_limit(spec)}"
     steps = ["Normalize" if module is None else f"Dense to {module.out_features}" for module in spec.modules]
-    prompts = f"prompts {', '.join(map(repr, spec.prompts))}" if spec.prompts else "no prompts"
+    named = [repr(name) for name, text in spec.prompts.items() if text]
+    prompts = f"prompts {', '.join(named)}" if named else "no prompts"
     pooling = ", ".join([f"pooling {' + '.join(spec.pooling)}", *steps])
     return f"sentences  {pooling}; {_describe_limit(spec)}; {prompts}"
 

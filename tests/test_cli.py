@@ -147,7 +147,7 @@ def test_info(sentence_folder):
     text = run("info", sentence_folder).stdout
     assert "BERT, 2 layers, hidden 16, 2 heads" in text
     assert "39 tensors, 8,448 parameters, float32, with pooler" in text
-    assert "pooling mean, Normalize; at most 150 tokens; prompts 'query', 'none'" in text
+    assert "pooling mean, Normalize; at most 150 tokens; prompts 'query'\n" in text
     listed = run("info", "--parameters", sentence_folder).stdout
     assert "encoder.layer.1.attention.self.query.weight float32[16, 16]" in listed
 
