@@ -48,6 +48,17 @@ class BertOutput:
     attentions: jax.Array | None = None
 
 
+# What of a layer is kept for the backward pass, by the names of JAX's primitives: the results of products, and what
+# decides which numbers dropout drops. What lies between is computed again: that takes less time than writing it to
+# memory, and half of the memory.
+_KEPT = ("dot_general", "lt")
+
+
+def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint`."""
+    return primitive.name in _KEPT
+
+
 class BertEncoder(nnx.Module):
     """A stack of identical layers, run by one scan."""
 
@@ -105,9 +116,10 @@ class BertEncoder(nnx.Module):
                 y, weights = layer(x, segments, key, output_attentions, heads, backend)
                 return y, (x if output_hidden_states else None, weights)
 
-            if self.remat:
+            # A kernel keeps little by itself, and computing it again is left to who asks for it.
+            if self.remat or backend == "xla":
                 # Inside a scan nothing can be merged with the forward pass, so nothing has to be kept from it.
-                step = jax.checkpoint(step, prevent_cse=False)
+                step = jax.checkpoint(step, prevent_cse=False, policy=None if self.remat else _is_kept)
             keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
             last, (hidden, attentions) = lax.scan(step, x, (layers, keys, head_mask), unroll=self.unroll)
             if output_hidden_states:
@@ -142,7 +154,8 @@ class BertModel(nnx.Module):
             residual stream are float32 whatever it is, and so are the outputs. Or int8, for inference only: the
             layers' six dense layers compute in int8 (see `bertjax.int8`), attention in bfloat16, the rest in float32.
         param_dtype: dtype of the parameters. In int8, it is that of all but the dense layers' kernels, and float32.
-        remat: recompute each layer's activations in the backward pass instead of keeping them.
+        remat: recompute all of each layer's activations in the backward pass; without it the results of products are
+            kept, and only what lies between these is computed again.
         unroll: how many layers one step of the scan runs; True unrolls all of them.
         attention: what computes attention: "xla", "cudnn" or "tpu" (see `bertjax.attention`), or "auto", which chooses
             for each call, and on a CPU may run the whole encoder natively (see `bertjax.cpu`). Where one that is asked

@@ -255,8 +255,8 @@ def test_the_mask_is_made_once_for_all_layers(models):
     [layers] = [equation for equation in program.eqns if equation.primitive.name == "scan"]
     outside = [equation for equation in program.eqns if equation.primitive.name == "eq"]
     assert [equation.outvars[0].aval.shape for equation in outside] == [(3, 1, 21, 21)]
-    assert " select_n" in str(layers.params["jaxpr"])
-    assert " eq" not in str(layers.params["jaxpr"])
+    assert "= select_n" in str(layers.params["jaxpr"])
+    assert "= eq" not in str(layers.params["jaxpr"])
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,20 @@ def test_unroll_and_remat_change_nothing():
         np.testing.assert_allclose(tiny(**options)(ids).last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("remat", "dropped", "expected"), [(False, False, 12), (False, True, 12.75), (True, True, 1)])
+def test_what_is_kept_of_a_layer_for_the_backward_pass(remat, dropped, expected):
+    config = dataclasses.replace(TINY, hidden_size=64, num_attention_heads=2, intermediate_size=256)
+    apply, params = functional(BertModel(config, remat=remat, rngs=nnx.Rngs(0)))
+    ids, layers = np.ones((5, 32), np.int32), config.num_hidden_layers
+    key = jax.random.key(0) if dropped else None
+    back = jax.vjp(lambda params: apply(params, ids, dropout_key=key).last_hidden_state, params)[1]
+    kept = [array.nbytes for array in jax.tree.leaves(back) if array.shape[:2] == (layers, 5)]
+    # In hidden states: the layer's input, query, key, value, context, the output of attention and that of the
+    # feed-forward block, whose inside is four wide; scores, of 32 keys in two heads, are one. And a byte for each
+    # number that may be dropped, in two hidden states and the scores.
+    assert sum(kept) / (layers * 5 * 32 * 64 * 4) == expected
+
+
 def test_remat_gives_the_same_gradients():
     def gradients(model):
         apply, params = functional(model)

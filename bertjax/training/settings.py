@@ -59,7 +59,7 @@ class ModelSettings:
         fresh: parts to make anew ("classifier", "pooler", ...); default: those that the checkpoint lacks.
         pooling: for ranking and similarity: how token states become a vector, where the folder does not say.
         dtype: what products are computed in: "float32" or "bfloat16". Parameters are float32 either way.
-        remat: compute layers anew in the backward pass, instead of keeping what is in them.
+        remat: compute all of a layer anew in the backward pass, instead of keeping the results of its products.
     """
 
     name: str | None = None
