@@ -1,11 +1,12 @@
-"""What a program compiled for a TPU says about itself: reads the text of the optimised HLO.
+"""What a compiled program says about itself: reads the text of the optimised HLO.
 
-The compiler writes beside each instruction that it schedules how many cycles it expects it to take. That is its own
-estimate, made to choose between layouts and schedules: it knows nothing of waiting for memory, and nothing of kernels
-that are not its own. The text is a dump, not an interface: what is not found as expected raises ValueError.
+For a TPU the compiler writes beside each instruction that it schedules how many cycles it expects it to take. That is
+its own estimate, made to choose between layouts and schedules: it knows nothing of waiting for memory, and nothing of
+kernels that are not its own. The text is a dump, not an interface: what is not found as expected raises ValueError.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.+?) (?P<opcode>[a-z][a-z0-9-]*)\((?P<operands>[^)]*)"
 )
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 #: What only moves or renames numbers: a fusion of nothing else is a copy.
@@ -71,6 +73,8 @@ class Program:
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop runs that counts from 0 to a constant, which is what a scan becomes."""
+        if known := _TRIPS.search(loop.line):
+            return int(known[1])
         condition = self.computations[loop.called("condition")]
         bounds = [int(n) for each in condition for n in re.findall(r" constant\((\d+)\)", each.line)]
         if len(bounds) != 1 or not any("direction=LT" in each.line for each in condition):
@@ -88,6 +92,20 @@ class Program:
             for times, each in self.scheduled()
             if "tpu_custom_call" in each.line and each.opcode == "custom-call" and not _ESTIMATE.search(each.line)
         )
+
+    def traffic(self, kernel: Instruction) -> int:
+        """Bytes that a kernel reads and writes, each array once; of one that it takes a slice of, the slice."""
+        computation = next(found for found in self.computations.values() if any(each is kernel for each in found))
+        types = {each.name: each.type for each in computation}
+        inside = self.computations.get(kernel.called("calls") or "", [])
+        parameters = {int(re.search(r"parameter\((\d+)\)", e.line)[1]): e for e in inside if e.opcode == "parameter"}
+        total = _bytes_of(kernel.type)
+        for place, name in enumerate(kernel.operands):
+            # In a fusion's own computation an operand is a parameter, by its place.
+            readers = [e for e in inside if place in parameters and parameters[place].name in e.operands]
+            sliced = readers and all(_is_slice_of(each, parameters[place].name) for each in readers)
+            total += sum(_bytes_of(each.type) for each in readers) if sliced else _bytes_of(types[name])
+        return total
 
     def prefetched_bytes(self) -> int:
         """Bytes that one run moves between memories beside the computation."""
@@ -116,13 +134,18 @@ class Program:
         return found
 
 
+def _is_slice_of(each: Instruction, name: str) -> bool:
+    return each.opcode in ("dynamic-slice", "slice", "gather") and each.operands[0] == name
+
+
+def _bytes_of(text: str) -> int:
+    """Bytes of all arrays of a type."""
+    return sum(
+        math.prod(int(length) for length in shape.split(",") if length) * (1 if dtype == "pred" else int(bits) // 8)
+        for dtype, bits, shape in _SHAPE.findall(text)
+    )
+
+
 def _moved_bytes(start: Instruction) -> int:
     """Bytes of what an asynchronous copy or slice writes: the smallest array of its type but for a counter."""
-    sizes = []
-    for dtype, bits, shape in _SHAPE.findall(start.type):
-        if shape:
-            count = 1
-            for length in shape.split(","):
-                count *= int(length)
-            sizes.append(count * (1 if dtype == "pred" else int(bits) // 8))
-    return min(sizes, default=0)
+    return min((_bytes_of(found[0]) for found in re.finditer(_SHAPE, start.type) if found[3]), default=0)

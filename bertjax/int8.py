@@ -113,7 +113,7 @@ class Int8Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float [..., in_features] to float32 [..., out_features]. Has no derivative: taking it is an error."""
+        """Maps float32 [..., in_features] to [..., out_features]. Has no derivative: taking it is an error."""
         return int8_matmul(x, self.kernel[...], self.scale[...]) + self.bias[...]
 
 

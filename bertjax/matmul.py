@@ -36,6 +36,34 @@ def matmul(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array
     return _product(x.astype(dtype), y.astype(dtype), matmul_precision(dtype))
 
 
+def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x kernel + bias, both multiplied in `dtype` and accumulated in float32.
+
+    Args:
+        x: [..., in], float32 or `dtype`.
+        kernel: [in, out].
+        bias: [out], or None.
+        dtype: what is multiplied.
+
+    Returns:
+        [..., out] in the dtype of `x`. What is not float32 is rounded once, from the sum with the bias.
+    """
+    if x.dtype == jnp.float32:
+        y = matmul(x, kernel, dtype)
+    else:
+        # GPUs' libraries add the bias before they round, though the program says it the other way around.
+        dims = (((x.ndim - 1,), (0,)), ((), ()))
+        y = lax.dot_general(x, kernel.astype(x.dtype), dims, preferred_element_type=x.dtype)
+    return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+def dense_columns(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """(x kernel + bias)^T, float32 [out, batch, length], of x [batch, length, in]; see `dense`."""
+    options = {"precision": matmul_precision(dtype), "preferred_element_type": jnp.float32}
+    y = lax.dot_general(kernel.astype(dtype), x.astype(dtype), (((0,), (2,)), ((), ())), **options)
+    return y + jnp.expand_dims(bias.astype(jnp.float32), (1, 2))
+
+
 def _product(x: jax.Array, y: jax.Array, precision: lax.Precision | None = None) -> jax.Array:
     options = {"precision": precision, "preferred_element_type": jnp.float32}
     if y.ndim == 2:

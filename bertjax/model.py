@@ -21,6 +21,7 @@ from bertjax.flat import jit_model
 from bertjax.inputs import check_dropout_key, check_inputs
 from bertjax.int8 import dtype_of_attention, dtype_within, is_int8, refuse_dropout
 from bertjax.layers import BertEmbeddings, BertLayer, BertPooler, DType
+from bertjax.platforms import on_platform
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,14 +127,23 @@ class BertEncoder(nnx.Module):
                 hidden = jnp.concatenate([hidden, last[None]])
             return last, hidden, attentions
 
-        more = output_hidden_states or output_attentions or head_mask is not None or dropout_key is not None
-        if more or backend != "xla" or not self._native():
+        if output_hidden_states or output_attentions or head_mask is not None or dropout_key is not None:
             return scan(self.layers, x, segments)
+
+        def plain(layers: BertLayer, x: jax.Array, segments: Segments) -> jax.Array:
+            return scan(layers, x, segments)[0]
+
+        def short(layers: BertLayer, x: jax.Array, segments: Segments) -> jax.Array:
+            return plain(layers, x.astype(self.dtype), segments).astype(jnp.float32)
 
         def native(layers: BertLayer, x: jax.Array, segments: Segments) -> jax.Array:
             return cpu.encode(x, segments, layers, self.config, self.dtype)
 
-        return cpu.encoder_or(native, lambda *args: scan(*args)[0], self.layers, x, segments), None, None
+        # A GPU multiplies faster than its memory takes what stands between two products, unless that is short, too.
+        run = on_platform(plain, cuda=short) if jnp.dtype(self.dtype) == jnp.bfloat16 else plain
+        if backend == "xla" and self._native():
+            return cpu.encoder_or(native, run, self.layers, x, segments), None, None
+        return run(self.layers, x, segments), None, None
 
     def _native(self) -> bool:
         """Whether a call for nothing but the last hidden state may be run by `bertjax.cpu`."""
@@ -151,8 +161,10 @@ class BertModel(nnx.Module):
         config: sizes and constants.
         add_pooling_layer: whether there is a pooler (`pooler_output`).
         dtype: dtype of the matmuls' inputs: float32, bfloat16 or float16. Accumulation, softmax, LayerNorm and the
-            residual stream are float32 whatever it is, and so are the outputs. Or int8, for inference only: the
-            layers' six dense layers compute in int8 (see `bertjax.int8`), attention in bfloat16, the rest in float32.
+            residual stream are float32 whatever it is, and so are the outputs; but an inference program for NVIDIA GPUs
+            in bfloat16 keeps in bfloat16, too, what a layer writes to memory between its matmuls. Or int8, for
+            inference only: the layers' six dense layers compute in int8 (see `bertjax.int8`), attention in bfloat16,
+            the rest in float32.
         param_dtype: dtype of the parameters. In int8, it is that of all but the dense layers' kernels, and float32.
         remat: recompute all of each layer's activations in the backward pass; without it the results of products are
             kept, and only what lies between these is computed again.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import tpu
+from benchmarks import gpu, tpu
 from benchmarks.hlo import Program
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +49,8 @@ def test_compiles_in_bfloat16_with_few_copies_and_fits(cases):
         # Eight products a layer, which the scan holds once; the compiler may merge some but never multiplies more.
         assert each["matmuls"] > 0, where
         assert each["float32_matmuls"] == 0, where
-        # Queries, keys and values may each be laid out anew for the attention, and the input once, before the loop.
-        assert each["copies"] <= 4, where
+        # The input may be laid out anew, once, before the loop.
+        assert each["copies"] <= 1, where
         assert each["transposes"] == 0, where
         assert each["fits"], where
         # 1 % of the memory of the smallest chip: nothing of the size of a second set of activations is kept.
@@ -130,6 +130,67 @@ def test_what_is_read_from_a_programs_text():
     assert program.matmuls() == [("f32", "bf16")]
     assert program.kernels() == 1
     assert program.prefetched_bytes() == 12 * 128 * 128 * 2
+
+
+GPU_HLO = """
+HloModule jit_f, is_scheduled=true
+
+%slice (param_0.1: bf16[12,8,16], param_1.1: s32[]) -> bf16[8,16] {
+  %param_0.1 = bf16[12,8,16]{2,1,0} parameter(0)
+  %param_1.1 = s32[] parameter(1)
+  %constant.9 = s32[] constant(0)
+  %dynamic-slice.1 = bf16[1,8,16]{2,1,0} dynamic-slice(%param_0.1, %param_1.1, %constant.9, %constant.9), dynamic_slice_sizes={1,8,16}
+  ROOT %bitcast.1 = bf16[8,16]{1,0} bitcast(%dynamic-slice.1)
+}
+
+%add (param_0.2: f32[4,16], param_1.2: bf16[4,16]) -> f32[4,16] {
+  %param_0.2 = f32[4,16]{1,0} parameter(0)
+  %param_1.2 = bf16[4,16]{1,0} parameter(1)
+  %convert.1 = f32[4,16]{1,0} convert(%param_1.2)
+  ROOT %add.1 = f32[4,16]{1,0} add(%param_0.2, %convert.1)
+}
+
+%body (arg.1: (s32[], f32[4,16], bf16[12,8,16], bf16[4,8])) -> (s32[], f32[4,16], bf16[12,8,16], bf16[4,8]) {
+  %arg.1 = (s32[], f32[4,16]{1,0}, bf16[12,8,16]{2,1,0}, bf16[4,8]{1,0}) parameter(0)
+  %gte.0 = s32[] get-tuple-element(%arg.1), index=0
+  %gte.1 = f32[4,16]{1,0} get-tuple-element(%arg.1), index=1
+  %gte.2 = bf16[12,8,16]{2,1,0} get-tuple-element(%arg.1), index=2
+  %gte.3 = bf16[4,8]{1,0} get-tuple-element(%arg.1), index=3
+  %fusion.1 = bf16[8,16]{1,0} fusion(%gte.2, %gte.0), kind=kLoop, calls=%slice
+  %cublas.1 = (bf16[4,16]{1,0}, s8[100]{0}) custom-call(%gte.3, %fusion.1), custom_call_target="__cublas$lt$matmul"
+  %gte.4 = bf16[4,16]{1,0} get-tuple-element(%cublas.1), index=0
+  %fusion.2 = f32[4,16]{1,0} fusion(%gte.1, %gte.4), kind=kLoop, calls=%add
+  ROOT %tuple.1 = (s32[], f32[4,16]{1,0}, bf16[12,8,16]{2,1,0}, bf16[4,8]{1,0}) tuple(%gte.0, %fusion.2, %gte.2, %gte.3)
+}
+
+%compare (param_0.3: s32[]) -> pred[] {
+  %param_0.3 = s32[] parameter(0)
+  %constant.3 = s32[] constant(12)
+  ROOT %compare.1 = pred[] compare(%param_0.3, %constant.3), direction=LT
+}
+
+%condition (arg.2: (s32[], f32[4,16], bf16[12,8,16], bf16[4,8])) -> pred[] {
+  %arg.2 = (s32[], f32[4,16]{1,0}, bf16[12,8,16]{2,1,0}, bf16[4,8]{1,0}) parameter(0)
+  %gte.9 = s32[] get-tuple-element(%arg.2), index=0
+  ROOT %fusion.9 = pred[] fusion(%gte.9), kind=kLoop, calls=%compare
+}
+
+ENTRY %main.1 (p.1: (s32[], f32[4,16], bf16[12,8,16], bf16[4,8])) -> f32[4,16] {
+  %p.1 = (s32[], f32[4,16]{1,0}, bf16[12,8,16]{2,1,0}, bf16[4,8]{1,0}) parameter(0)
+  %while.1 = (s32[], f32[4,16]{1,0}, bf16[12,8,16]{2,1,0}, bf16[4,8]{1,0}) while(%p.1), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  ROOT %gte.5 = f32[4,16]{1,0} get-tuple-element(%while.1), index=1
+}
+"""  # noqa: E501, lines as the compiler writes them
+
+
+def test_bytes_that_a_gpus_kernels_move():
+    program = Program(GPU_HLO)
+    kernels = {each.name: (times, program.traffic(each)) for times, each in program.scheduled()}
+    # Of the stack of kernels, the slice; of the others, all that is read and written.
+    assert kernels["fusion.1"] == (12, 2 * 8 * 16 * 2 + 4)
+    assert kernels["fusion.2"] == (12, 4 * 16 * (4 + 2 + 4))
+    assert kernels["cublas.1"] == (12, 4 * 8 * 2 + 8 * 16 * 2 + 4 * 16 * 2 + 100)
+    assert [each.name for _, each in program.scheduled() if gpu.is_product(each)] == ["cublas.1"]
 
 
 @pytest.mark.parametrize(("damage", "message"), [("direction=LT", "how often"), ("ENTRY ", "no entry")])

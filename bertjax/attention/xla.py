@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bertjax.matmul import matmul
+from bertjax.platforms import on_platform
 
 
 def attend_xla(
@@ -50,16 +51,5 @@ def _divided_before(weights: jax.Array, total: jax.Array, value: jax.Array) -> j
     return _divided_after(weights / total, jnp.ones((), total.dtype), value)
 
 
-@jax.custom_jvp
-def _weighted(weights: jax.Array, total: jax.Array, value: jax.Array) -> jax.Array:
-    """weights value / total, as XLA fuses it with the softmax: for a TPU only where the weights are divided.
-
-    What the program is compiled for is known only then, so both are traced. For gradients that would keep both ways'
-    intermediates, so that there one way serves every platform.
-    """
-    return lax.platform_dependent(weights, total, value, tpu=_divided_before, default=_divided_after)
-
-
-@_weighted.defjvp
-def _weighted_jvp(primals, tangents):
-    return jax.jvp(_divided_after, primals, tangents)
+# As XLA fuses it with the softmax: for a TPU only where the weights are divided, and for a GPU more of it.
+_weighted = on_platform(_divided_after, tpu=_divided_before, cuda=_divided_before)

@@ -1,19 +1,14 @@
 """The native encoder's inputs, as JAX arrays."""
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from bertjax.attention import Segments
 from bertjax.config import BertConfig
 from bertjax.cpu.library import TARGET, library_problem, ways
 from bertjax.int8 import Int8Linear, is_int8
-
-if TYPE_CHECKING:
-    from bertjax.layers import BertLayer
+from bertjax.layers import BertLayer, LayerNorm, Linear
 
 # The library works on blocks of columns and has no code for what is left over; in int8 those of a product are wider.
 _BLOCK, _INT8_BLOCK = 32, 64
@@ -41,7 +36,7 @@ def problem(config: BertConfig, dtype: jax.typing.DTypeLike) -> str | None:
 
 
 def encode(
-    x: jax.Array, segments: Segments, layers: "BertLayer", config: BertConfig, dtype: jax.typing.DTypeLike
+    x: jax.Array, segments: Segments, layers: BertLayer, config: BertConfig, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Runs every layer of an encoder, in a program for one CPU device; where `problem` names one, what it does is open.
 
@@ -78,14 +73,14 @@ def encode(
     )
 
 
-def is_plain(layers: "BertLayer") -> bool:
+def is_plain(layers: BertLayer) -> bool:
     """Whether the layers are made of nothing but dense layers and LayerNorms, with no adapter in the place of one."""
     dense, norms = _parts(layers)
-    alike = {type(part) for part in dense} in ({nnx.Linear}, {Int8Linear})
-    return alike and all(type(part) is nnx.LayerNorm for part in norms)
+    alike = {type(part) for part in dense} in ({Linear}, {Int8Linear})
+    return alike and all(type(part) is LayerNorm for part in norms)
 
 
-def _parts(layers: "BertLayer") -> tuple[list[nnx.Linear | Int8Linear], list[nnx.LayerNorm]]:
+def _parts(layers: BertLayer) -> tuple[list[Linear | Int8Linear], list[LayerNorm]]:
     """The dense layers and the LayerNorms, in the order of the library's arguments."""
     attention, feed_forward = layers.attention, layers.feed_forward
     dense = [attention.query, attention.key, attention.value, attention.output]

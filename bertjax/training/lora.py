@@ -15,7 +15,7 @@ from flax import nnx
 from bertjax.errors import InputError
 from bertjax.fresh import key_of
 from bertjax.int8 import is_int8
-from bertjax.matmul import matmul
+from bertjax.matmul import dense, matmul
 from bertjax.model import BertEncoder
 from bertjax.training.lora_settings import PLACES, LoRA
 
@@ -39,14 +39,14 @@ class LoRALinear(nnx.Module):
         plain: the structure of the dense layer.
     """
 
-    def __init__(self, dense: nnx.Linear, alpha: float, lora_a: jax.Array, lora_b: jax.Array):
-        self.plain = nnx.graphdef(dense)
-        self.kernel = nnx.Param(dense.kernel[...])
-        self.bias = nnx.Param(dense.bias[...])
+    def __init__(self, layer: nnx.Linear, alpha: float, lora_a: jax.Array, lora_b: jax.Array):
+        self.plain = nnx.graphdef(layer)
+        self.kernel = nnx.Param(layer.kernel[...])
+        self.bias = nnx.Param(layer.bias[...])
         self.lora_a = nnx.Param(lora_a)
         self.lora_b = nnx.Param(lora_b)
         self.alpha = float(alpha)
-        self.dtype = dense.dtype
+        self.dtype = layer.dtype
 
     @property
     def rank(self) -> int:
@@ -54,10 +54,10 @@ class LoRALinear(nnx.Module):
         return self.lora_a.shape[-1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float [..., in_features] to float32 [..., out_features]."""
-        y = matmul(x, self.kernel[...], self.dtype) + self.bias[...].astype(jnp.float32)
+        """Maps [..., in_features] to [..., out_features]; float32 or the layer's own dtype, both."""
+        y = dense(x, self.kernel[...], self.bias[...], self.dtype)
         low = matmul(x, self.lora_a[...], self.dtype)
-        return y + self.alpha / self.rank * matmul(low, self.lora_b[...], self.dtype)
+        return y + (self.alpha / self.rank * matmul(low, self.lora_b[...], self.dtype)).astype(y.dtype)
 
     def merged(self) -> nnx.Linear:
         """The dense layer with the kernel W + (alpha / rank) A B; float32."""
@@ -107,8 +107,8 @@ def with_adapters(
     for target in lora.targets:
         part, name = PLACES[target]
         block = getattr(layers, part)
-        dense = getattr(block, name)
-        setattr(block, name, LoRALinear(dense, lora.alpha, *make(target, dense.kernel.shape)))
+        layer = getattr(block, name)
+        setattr(block, name, LoRALinear(layer, lora.alpha, *make(target, layer.kernel.shape)))
     return model
 
 
