@@ -1,6 +1,7 @@
 """bertjax beside other libraries: python -m benchmarks COMMAND; see --help."""
 
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -177,11 +178,11 @@ def main() -> None:
 @main.command()
 @click.argument("model", type=_FOLDER, required=False)
 @click.option("--size", type=click.Choice(["base", "large"]), default="base", show_default=True, help="Without MODEL.")
-@click.option("--shape", "shapes", multiple=True, help="BATCHxLENGTH; default: those of the size.")
+@click.option("--shape", "shapes", multiple=True, help="BATCHxLENGTH; default: by size and device.")
 @shared("dense")
 def dense(model: Path | None, size: str, shapes: Sequence[str], **options: Any) -> None:
     """Full batches of token ids to hidden states, of MODEL or of a BERT with random weights."""
-    chosen = [workloads.parse_shape(shape) for shape in shapes] or workloads.DENSE_SHAPES[size]
+    chosen = [workloads.parse_shape(shape) for shape in shapes] or workloads.DENSE_SHAPES[options["device"], size]
     folder = model or workloads.random_checkpoint(size)
     sizes = Sizes.of(folder)
 
@@ -202,16 +203,18 @@ def dense(model: Path | None, size: str, shapes: Sequence[str], **options: Any) 
 @click.argument("model", type=_FOLDER)
 @click.option("--texts", "file", type=_FILE, help="A text a line, or a .csv of pairs; default: Python's documentation.")
 @click.option("--source", help="What the texts are, for the report.")
-@click.option("--count", type=click.IntRange(1), default=400, show_default=True, help="How many texts.")
+@click.option("--count", type=click.IntRange(1), help="How many texts; default: by the device.")
 @shared("text")
-def embed(model: Path, file: Path | None, source: str | None, count: int, **options: Any) -> None:
+def embed(model: Path, file: Path | None, source: str | None, count: int | None, **options: Any) -> None:
     """Texts of mixed lengths to vectors, with a sentence-transformers MODEL."""
-    texts = workloads.read_texts(file, count)
+    count = count or workloads.TEXTS[options["device"]]
+    texts = list(itertools.islice(itertools.cycle(workloads.read_texts(file, count)), count))
 
     def make(plan: Plan) -> tuple[list[Case], str]:
         case = _text_case(plan, "mixed lengths", [texts])
         name = source or (file.name if file else "Python's language reference")
-        return [case], f"{len(texts)} texts of {case.tokens / len(texts):.0f} tokens on average, from {name}."
+        distinct = f" ({len(set(texts))} of them distinct)" if len(set(texts)) < len(texts) else ""
+        return [case], f"{len(texts)} texts{distinct} of {case.tokens / len(texts):.0f} tokens on average, from {name}."
 
     run("text", "Text to vectors", model, make, "sentence-transformers", unit="tokens", **options)
 
@@ -290,15 +293,19 @@ def train(model: Path | None, shapes: Sequence[str], **options: Any) -> None:
 def everything(
     context: click.Context, model: Path, file: Path | None, source: str | None, device: str, **options: Any
 ) -> None:
-    """All of these, a report of each saved; MODEL, a sentence-transformers folder, is for those that read texts."""
+    """All of these, a report of each saved; MODEL, a sentence-transformers folder, is for those that read texts.
+
+    On a CPU in float32, bfloat16 and int8, on a GPU in bfloat16.
+    """
     options |= {"device": device}
+    chosen = _DTYPES if device == "cpu" else ("bfloat16",)
     # The large model in one dtype at a time: all of its copies together need tens of gigabytes.
-    for size, dtypes in (("base", _DTYPES), *(("large", [dtype]) for dtype in _DTYPES)):
+    for size, dtypes in (("base", chosen), *(("large", [dtype]) for dtype in chosen)):
         name = f"dense-{size}-{device}" + (f"-{dtypes[0]}" if len(dtypes) == 1 else "")
         context.invoke(dense, size=size, dtypes=dtypes, name=name, **options)
-    context.invoke(embed, model=model, file=file, source=source, dtypes=_DTYPES, name=f"embed-{device}", **options)
-    context.invoke(latency, model=model, file=file, dtypes=_DTYPES, name=f"latency-{device}", **options)
-    context.invoke(train, dtypes=_DTYPES[:2], name=f"train-{device}", **options)
+    context.invoke(embed, model=model, file=file, source=source, dtypes=chosen, name=f"embed-{device}", **options)
+    context.invoke(latency, model=model, file=file, dtypes=chosen, name=f"latency-{device}", **options)
+    context.invoke(train, dtypes=chosen[:2], name=f"train-{device}", **options)
 
 
 if __name__ == "__main__":

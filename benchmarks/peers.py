@@ -95,28 +95,38 @@ def _jax_loaded(setting: Setting, run: Callable[[Any], Any], fetch: Callable = n
     return Loaded(run, jax.block_until_ready, fetch, device_memory=peak)
 
 
-def _bertjax_dense(setting: Setting) -> Loaded:
+def _attention(setting: Setting, attention: str) -> str:
+    if attention == "cudnn" and setting.device != "gpu":
+        raise Absent("cuDNN is for GPUs")
+    return attention
+
+
+def _bertjax_dense(setting: Setting, attention: str = "auto") -> Loaded:
     from bertjax import BertModel
 
-    model = BertModel.from_pretrained(setting.model, dtype=setting.dtype)
+    attention = _attention(setting, attention)
+    model = BertModel.from_pretrained(setting.model, dtype=setting.dtype, attention=attention)
     return _jax_loaded(setting, lambda batch: model(batch["input_ids"]).last_hidden_state)
 
 
-def _bertjax_text(setting: Setting) -> Loaded:
+def _bertjax_text(setting: Setting, attention: str = "auto") -> Loaded:
     from bertjax import SentenceEncoder
 
-    encoder = SentenceEncoder.from_pretrained(setting.model, dtype=setting.dtype)
+    attention = _attention(setting, attention)
+    encoder = SentenceEncoder.from_pretrained(setting.model, dtype=setting.dtype, attention=attention)
     loaded = _jax_loaded(setting, lambda texts: encoder.encode(texts, show_progress_bar=False))
     return dataclasses.replace(loaded, wait=lambda vectors: vectors)
 
 
-def _bertjax_train(setting: Setting) -> Loaded:
+def _bertjax_train(setting: Setting, attention: str = "auto") -> Loaded:
     import jax
     import optax
 
     from bertjax import BertForMaskedLM, functional
 
-    model = BertForMaskedLM.from_pretrained(setting.model, dtype=setting.dtype, param_dtype="float32")
+    attention = _attention(setting, attention)
+    options = {"dtype": setting.dtype, "param_dtype": "float32", "attention": attention}
+    model = BertForMaskedLM.from_pretrained(setting.model, **options)
     apply, params = functional(model)
     optimizer = optax.adamw(**_ADAMW)
 
@@ -359,13 +369,13 @@ _unpadded_text = functools.partial(_sentence_transformers_text, attention="flash
 _compiled_dense = functools.partial(_torch_dense, compiled=True)
 _compiled_train = functools.partial(_torch_train, compiled=True)
 
+_bertjax = {"dense": _bertjax_dense, "text": _bertjax_text, "train": _bertjax_train}
+_bertjax_cudnn = {task: functools.partial(loader, attention="cudnn") for task, loader in _bertjax.items()}
+
 #: By name, in the order in which they take turns.
 PEERS: dict[str, Peer] = {
-    "bertjax": Peer(
-        ("jax", "bertjax"),
-        {"dense": _bertjax_dense, "text": _bertjax_text, "train": _bertjax_train},
-        ("float32", "bfloat16", "int8"),
-    ),
+    "bertjax": Peer(("jax", "bertjax"), _bertjax, ("float32", "bfloat16", "int8")),
+    "bertjax cudnn": Peer(("jax", "bertjax"), _bertjax_cudnn, ("bfloat16",)),
     "torch": Peer(("torch", "transformers"), {"dense": _torch_dense, "train": _torch_train}),
     "torch.compile": Peer(("torch", "transformers"), {"dense": _compiled_dense, "train": _compiled_train}),
     "sentence-transformers": Peer(("torch", "sentence_transformers"), {"text": _sentence_transformers_text}),

@@ -12,8 +12,15 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-#: Dense shapes [batch, length] by the size of the model.
-DENSE_SHAPES = {"base": ((1, 32), (1, 128), (8, 128), (32, 128), (8, 512)), "large": ((8, 384),)}
+#: Dense shapes [batch, length] by device and the size of the model; what fills a CPU leaves most of a GPU idle.
+DENSE_SHAPES = {
+    ("cpu", "base"): ((1, 32), (1, 128), (8, 128), (32, 128), (8, 512)),
+    ("cpu", "large"): ((8, 384),),
+    ("gpu", "base"): ((1, 128), (32, 128), (256, 128), (64, 512)),
+    ("gpu", "large"): ((64, 384),),
+}
+#: How many texts are embedded, by device.
+TEXTS = {"cpu": 400, "gpu": 20_000}
 #: Shapes of a training step, by device.
 TRAINING_SHAPES = {"cpu": ((8, 128), (2, 512)), "gpu": ((128, 128), (32, 512))}
 #: The share of positions that masked-language-model training predicts (Devlin et al. 2018, section 3.1).
