@@ -7,16 +7,18 @@ program, each array that a kernel reads or writes once, and operations come from
 BOUND: matrix products at the nominal peak, and before or after them all that the other kernels move, at the nominal
 bandwidth. No GPU of that kind is faster, and a real one is slower.
 
-Everything is in bfloat16. Products are cuBLAS', since without a GPU nothing can be tried out. Four programs are
-compared: padded batches and packed ones, with attention by plain XLA and by cuDNN.
+Everything is in bfloat16. Products are cuBLAS', since without a GPU nothing can be tried out. Six programs are
+compared: padded batches, packed ones, and a training step (masked language modelling with AdamW, packed, parameters in
+float32, layers unrolled, no dropout), with attention by plain XLA and by cuDNN.
 """
 
 import functools
+import itertools
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import click
@@ -24,7 +26,8 @@ import click
 from benchmarks import timing
 from benchmarks.hlo import Instruction, Program
 from benchmarks.tpu import SIZES, bertjax_program
-from benchmarks.workloads import NOMINAL_TFLOPS, Sizes, parse_shape
+from benchmarks.tpu_train import lower_step
+from benchmarks.workloads import MASKED, NOMINAL_TFLOPS, Sizes, parse_shape
 
 #: What XLA has to know of an H200 SXM (NVIDIA's data sheet; CUDA C++ Programming Guide, compute capability 9.0).
 TARGET = """
@@ -44,11 +47,8 @@ device_description_str: "NVIDIA H200"
 """
 BANDWIDTH = 4.8e12
 SHAPES = {"minilm": ("256x128",), "base": ("8x128", "32x128", "128x128", "32x512"), "large": ("32x384",)}
-PROGRAMS: dict[str, Callable[[str], tuple[Callable, Any]]] = {
-    f"{rows}, {attention}": functools.partial(bertjax_program, packed=rows == "packed", attention=attention)
-    for rows in ("padded", "packed")
-    for attention in ("xla", "cudnn")
-}
+_NAMES = ("padded", "packed", "training")
+PROGRAMS = tuple(itertools.product(_NAMES, ("xla", "cudnn")))
 # What runs no kernel.
 _FREE = frozenset("parameter tuple get-tuple-element bitcast constant while call after-all opt-barrier".split())
 
@@ -82,32 +82,46 @@ def is_product(kernel: Instruction) -> bool:
     return "__cublas" in kernel.line
 
 
-def compile_case(size: str, shape: str, program: str) -> dict[str, Any]:
-    """Compiles one program; returns what is counted in it."""
+def lowered(size: str, shape: str, program: str, attention: str) -> Any:
+    """A program, lowered for an H200."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    rows, length = parse_shape(shape)
-    sharding = SingleDeviceSharding(device())
-    apply, params = PROGRAMS[program](size)
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    if program == "training":
+        return lower_step([device()], size, shape, "replicated", dropout=0.0, attention=attention, unroll=True)
+    sharding, ids = SingleDeviceSharding(device()), jax.ShapeDtypeStruct(parse_shape(shape), jnp.int32)
+    apply, params = bertjax_program(size, packed=program == "packed", attention=attention)
+    return jax.jit(apply, in_shardings=sharding, out_shardings=sharding).lower(params, ids, ids)
+
+
+def operations(size: str, shape: str, program: str) -> int:
+    """Operations of a program by the formula; see `Sizes`."""
+    layers, hidden, _, intermediate = SIZES[size]
+    sizes, (rows, length) = Sizes(layers, hidden, intermediate, 30522), parse_shape(shape)
+    if program == "training":
+        return sizes.training_flops(rows, length, int(MASKED * rows * length))
+    return sizes.encoder_flops([length] * rows)
+
+
+def compile_case(size: str, shape: str, program: str, attention: str) -> dict[str, Any]:
+    """Compiles one program; returns what is counted in it."""
     begin = time.perf_counter()
-    compiled = jax.jit(apply, in_shardings=sharding, out_shardings=sharding).lower(params, ids, ids).compile()
+    compiled = lowered(size, shape, program, attention).compile()
     seconds = time.perf_counter() - begin
     text = Program(compiled.as_text())
     kernels = [(times, each) for times, each in text.scheduled() if each.opcode not in _FREE]
     moved = sum(times * text.traffic(each) for times, each in kernels if not is_product(each))
-    layers, hidden, _, intermediate = SIZES[size]
-    least = Sizes(layers, hidden, intermediate, 30522).encoder_flops([length] * rows) / (NOMINAL_TFLOPS["H200"] * 1e12)
+    least = operations(size, shape, program) / (NOMINAL_TFLOPS["H200"] * 1e12)
     return {
         "size": size,
         "shape": shape,
         "program": program,
+        "attention": attention,
         "kernels": sum(times for times, _ in kernels),
         "products": sum(times for times, each in kernels if is_product(each)),
         "float32_products": sum(times for times, each in kernels if is_product(each) and _writes_float32(each)),
-        "moved_per_position_and_layer": moved / (rows * length * layers),
+        "moved_per_position_and_layer": moved / (math.prod(parse_shape(shape)) * SIZES[size][0]),
         "bound_of_peak": least / (least + moved / BANDWIDTH),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": seconds,
@@ -120,12 +134,13 @@ def _writes_float32(kernel: Instruction) -> bool:
 
 def report(found: dict[str, Any]) -> str:
     """What was counted, for a person to read."""
-    head = "size, shape, program, kernels, products, with float32 results, kB moved by others, bound, temporary MB"
-    rows = [[*head.split(", "), "compiled in s"]]
+    head = "size, shape, program, attention, kernels, products, with float32 results, kB moved by others, bound"
+    rows = [[*head.split(", "), "temporary MB", "compiled in s"]]
     for each in found["cases"]:
         rows.append(
             [
-                *(str(each[name]) for name in ("size", "shape", "program", "kernels", "products", "float32_products")),
+                *(each[name] for name in ("size", "shape", "program", "attention")),
+                *(str(each[name]) for name in ("kernels", "products", "float32_products")),
                 f"{each['moved_per_position_and_layer'] / 1e3:.1f}",
                 f"{each['bound_of_peak']:.2f}",
                 f"{each['temporary_bytes'] / 1e6:.0f}",
@@ -153,7 +168,7 @@ def report(found: dict[str, Any]) -> str:
 @click.command()
 @click.option("--size", "sizes", multiple=True, type=click.Choice(list(SIZES)), default=list(SIZES))
 @click.option("--shape", "shapes", multiple=True, help="Rows x length; default: those of each size in SHAPES.")
-@click.option("--program", "programs", multiple=True, type=click.Choice(list(PROGRAMS)), default=list(PROGRAMS))
+@click.option("--program", "programs", multiple=True, type=click.Choice(_NAMES), default=_NAMES)
 @click.option("--save", "name", help="Write the result to benchmarks/results under this name.")
 def main(sizes, shapes, programs, name: str | None) -> None:
     """Compiles for an H200 and prints what its kernels move."""
@@ -161,7 +176,7 @@ def main(sizes, shapes, programs, name: str | None) -> None:
     cases = []
     for size in sizes:
         for shape in shapes or SHAPES[size]:
-            cases += [compile_case(size, shape, program) for program in programs]
+            cases += [compile_case(size, shape, *each) for each in PROGRAMS if each[0] in programs]
     found = {
         "machine": timing.machine(),
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),

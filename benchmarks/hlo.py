@@ -19,6 +19,8 @@ _ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 #: What only moves or renames numbers: a fusion of nothing else is a copy.
 _MOVES = frozenset({"copy", "transpose"})
+#: What takes or replaces a part of its first operand, and leaves the rest of it where it is.
+_PARTS = frozenset({"dynamic-slice", "slice", "gather", "dynamic-update-slice"})
 _RENAMES = frozenset({"parameter", "bitcast", "reshape", "tuple", "get-tuple-element", "constant"})
 
 
@@ -94,17 +96,24 @@ class Program:
         )
 
     def traffic(self, kernel: Instruction) -> int:
-        """Bytes that a kernel reads and writes, each array once; of one that it takes a slice of, the slice."""
+        """Bytes that a kernel reads and writes, each array once; of one that it takes or replaces a slice of, that."""
         computation = next(found for found in self.computations.values() if any(each is kernel for each in found))
-        types = {each.name: each.type for each in computation}
         inside = self.computations.get(kernel.called("calls") or "", [])
-        parameters = {int(re.search(r"parameter\((\d+)\)", e.line)[1]): e for e in inside if e.opcode == "parameter"}
+        types = {each.name: each.type for each in (*computation, *inside)}
+        # In a fusion's own computation an operand is a parameter, by its place.
+        parameters = {
+            int(re.search(r"parameter\((\d+)\)", e.line)[1]): e.name for e in inside if e.opcode == "parameter"
+        }
         total = _bytes_of(kernel.type)
+        for each in inside:
+            if each.opcode == "dynamic-update-slice" and each.operands[0] in parameters.values():
+                total += _bytes_of(types[each.operands[1]]) - _bytes_of(each.type)
         for place, name in enumerate(kernel.operands):
-            # In a fusion's own computation an operand is a parameter, by its place.
-            readers = [e for e in inside if place in parameters and parameters[place].name in e.operands]
-            sliced = readers and all(_is_slice_of(each, parameters[place].name) for each in readers)
-            total += sum(_bytes_of(each.type) for each in readers) if sliced else _bytes_of(types[name])
+            readers = [each for each in inside if parameters.get(place) in each.operands]
+            if readers and all(each.operands[0] == parameters[place] and each.opcode in _PARTS for each in readers):
+                total += sum(_bytes_of(each.type) for each in readers if each.opcode != "dynamic-update-slice")
+            else:
+                total += _bytes_of(types[name])
         return total
 
     def prefetched_bytes(self) -> int:
@@ -132,10 +141,6 @@ class Program:
                 if each.opcode in ("dot", "convolution"):
                     found.append(tuple(_SHAPE.search(types[name])[1] for name in each.operands))
         return found
-
-
-def _is_slice_of(each: Instruction, name: str) -> bool:
-    return each.opcode in ("dynamic-slice", "slice", "gather") and each.operands[0] == name
 
 
 def _bytes_of(text: str) -> int:

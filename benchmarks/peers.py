@@ -126,6 +126,7 @@ def _bertjax_train(setting: Setting, attention: str = "auto") -> Loaded:
 
     attention = _attention(setting, attention)
     options = {"dtype": setting.dtype, "param_dtype": "float32", "attention": attention}
+    options["unroll"] = True if setting.device == "gpu" else 1  # as `bertjax train` does it
     model = BertForMaskedLM.from_pretrained(setting.model, **options)
     apply, params = functional(model)
     optimizer = optax.adamw(**_ADAMW)

@@ -244,6 +244,10 @@ def comparisons(cases: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, An
         if port := by_key.get((*here, "port")):
             bound = ", a lower bound" if port["kernels_not_estimated"] else ""
             yield f"cycles of the port / padded{bound}", each, port["cycles"] / each["cycles"]
+            kernel = by_key.get((*here, "kernel"))
+            if kernel and kernel["kernels_not_estimated"] == port["kernels_not_estimated"]:
+                what = "cycles of the port / kernel, of all but the attention, for which both have kernels"
+                yield what, each, port["cycles"] / kernel["cycles"]
         if packed := by_key.get((*here, "packed")):
             ratio = packed["cycles_per_real_token"] / each["cycles_per_real_token"]
             yield "packed / padded, cycles per real token", each, ratio

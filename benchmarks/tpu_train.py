@@ -9,6 +9,7 @@ Every figure is the COMPILER'S ESTIMATE, never a measurement; cycles leave out w
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -21,12 +22,20 @@ RULES = ("replicated", "fully sharded")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter")
 
 
-def compile_step(chip: str, size: str, shape: str, rules: str) -> dict[str, Any]:
-    """Compiles a step; returns what the compiler says of it."""
+def lower_step(devices: Sequence[Any], size: str, shape: str, rules: str, dropout: float = 0.1, **options: Any) -> Any:
+    """A step over these devices, lowered for them.
+
+    Args:
+        devices: what it is to run on.
+        size: one of `tpu.SIZES`.
+        shape: rows and length of a device's part of a batch.
+        rules: one of `RULES`.
+        dropout: the rate of all kinds of dropout.
+        **options: of the model.
+    """
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from jax.experimental import topologies
 
     from bertjax import BertConfig, BertForMaskedLM, functional
     from bertjax.sharding import FULLY_SHARDED, batch_sharding, data_mesh, shardings_of
@@ -35,11 +44,13 @@ def compile_step(chip: str, size: str, shape: str, rules: str) -> dict[str, Any]
 
     layers, hidden, heads, intermediate = tpu.SIZES[size]
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads}
-    config = BertConfig(**sizes, intermediate_size=intermediate)
-    model = nnx.eval_shape(lambda: BertForMaskedLM(config, dtype=jnp.bfloat16, param_dtype="float32", rngs=nnx.Rngs(0)))
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    config = BertConfig(**sizes, **rates, intermediate_size=intermediate)
+    options |= {"dtype": jnp.bfloat16, "param_dtype": "float32"}
+    model = nnx.eval_shape(lambda: BertForMaskedLM(config, rngs=nnx.Rngs(0), **options))
     optimizer = AdamW().build(model, 1000)
     rows, length = parse_shape(shape)
-    mesh = data_mesh(topologies.get_topology_desc(platform="tpu", topology_name=tpu.CHIPS[chip].topology).devices)
+    mesh = data_mesh(devices)
     state = jax.eval_shape(lambda params: new_state(params, optimizer), functional(model)[1])
     shardings = shardings_of(state, mesh, FULLY_SHARDED if rules == "fully sharded" else REPLICATED)
     state = jax.tree.map(
@@ -49,8 +60,17 @@ def compile_step(chip: str, size: str, shape: str, rules: str) -> dict[str, Any]
     divided = jax.ShapeDtypeStruct((rows * mesh.size, length), jnp.int32, sharding=batch_sharding(mesh))
     most = int(MASKED * rows * mesh.size * length)
     step = train_step(model, optimizer, shardings=shardings, max_predictions=most)
+    return step.lower(state, dict.fromkeys(names, divided))
+
+
+def compile_step(chip: str, size: str, shape: str, rules: str) -> dict[str, Any]:
+    """Compiles a step; returns what the compiler says of it."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=tpu.CHIPS[chip].topology).devices
+    rows, length = parse_shape(shape)
     begin = time.perf_counter()
-    compiled = step.lower(state, dict.fromkeys(names, divided)).compile()
+    compiled = lower_step(devices, size, shape, rules).compile()
     seconds = time.perf_counter() - begin
     text = compiled.as_text()
     program, memory = Program(text), compiled.memory_analysis()
@@ -58,7 +78,7 @@ def compile_step(chip: str, size: str, shape: str, rules: str) -> dict[str, Any]
     products = program.matmuls()
     return {
         "chip": chip,
-        "devices": mesh.size,
+        "devices": len(devices),
         "size": size,
         "shape": shape,
         "rules": rules,

@@ -155,30 +155,48 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float32 [..., features] to the same shape."""
-        one = functools.partial(_normalise, self.epsilon, _variance_of_squares)
-        two = functools.partial(_normalise, self.epsilon, _variance_of_differences)
-        run = on_platform(one, cuda=two) if self.use_fast_variance else two
-        return run(x, self.scale[...], self.bias[...])
+        return _normalise(x, self.scale[...], self.bias[...], self.epsilon, self.use_fast_variance)
 
 
-def _variance_of_squares(x: jax.Array, mean: jax.Array) -> jax.Array:
-    return jnp.maximum(0.0, jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, fast: bool) -> jax.Array:
+    """(x - E[x]) / sqrt(Var[x] + epsilon) scale + bias, over the last axis."""
+    mean, inverse = _moments(x, epsilon, fast)
+    return (x - mean) * (inverse * _row(scale, x)) + _row(bias, x)
 
 
-def _variance_of_differences(x: jax.Array, mean: jax.Array) -> jax.Array:
-    return jnp.square(x - mean).mean(-1, keepdims=True)
+@_normalise.defjvp
+def _normalise_jvp(epsilon: float, fast: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    # By the chain rule as it stands JAX would keep and pass over several arrays more.
+    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    mean, inverse = _moments(x, epsilon, fast)
+    standard = (x - mean) * inverse
+    slope = inverse * (dx - _mean(dx) - standard * _mean(standard * dx))
+    y = standard * _row(scale, x) + _row(bias, x)
+    return y, slope * _row(scale, x) + standard * _row(dscale, x) + _row(dbias, x)
 
 
-def _normalise(
-    epsilon: float,
-    variance: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-) -> jax.Array:
-    mean = x.mean(-1, keepdims=True)
-    scale, bias = (jnp.expand_dims(each.astype(x.dtype), range(x.ndim - 1)) for each in (scale, bias))
-    return (x - mean) * (lax.rsqrt(variance(x, mean) + epsilon) * scale) + bias
+def _moments(x: jax.Array, epsilon: float, fast: bool) -> tuple[jax.Array, jax.Array]:
+    """The mean and 1 / sqrt(variance + epsilon) over the last axis, [..., 1] both."""
+
+    def by_squares(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean = _mean(x)
+        return mean, lax.rsqrt(jnp.maximum(0.0, _mean(jnp.square(x)) - jnp.square(mean)) + epsilon)
+
+    def by_differences(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean = _mean(x)
+        return mean, lax.rsqrt(_mean(jnp.square(x - mean)) + epsilon)
+
+    return (on_platform(by_squares, cuda=by_differences) if fast else by_differences)(x)
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean(-1, keepdims=True)
+
+
+def _row(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector over the last axis of x, in the dtype of x."""
+    return jnp.expand_dims(vector.astype(x.dtype), range(x.ndim - 1))
 
 
 def layer_norm(config: BertConfig, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> LayerNorm:

@@ -1,5 +1,6 @@
 """Products of matrices in a short dtype: accumulated in float32, forwards and backwards."""
 
+import functools
 from typing import Any
 
 import jax
@@ -32,8 +33,8 @@ def matmul(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array
         float32 [..., m, n].
     """
     if jnp.dtype(dtype) == jnp.bfloat16:
-        return _short(*_alike(x, y))
-    return _product(x.astype(dtype), y.astype(dtype), matmul_precision(dtype))
+        return _short(*_alike(x, y), jnp.float32)
+    return _product(x.astype(dtype), y.astype(dtype), precision=matmul_precision(dtype))
 
 
 def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -50,11 +51,9 @@ def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, dtype: jax.ty
     """
     if x.dtype == jnp.float32:
         y = matmul(x, kernel, dtype)
-    else:
-        # GPUs' libraries add the bias before they round, though the program says it the other way around.
-        dims = (((x.ndim - 1,), (0,)), ((), ()))
-        y = lax.dot_general(x, kernel.astype(x.dtype), dims, preferred_element_type=x.dtype)
-    return y if bias is None else y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+        return y if bias is None else y + _as_row(bias, y)
+    y = _short(*_alike(x, kernel), x.dtype)
+    return y if bias is None else _add_bias(*_alike(y, bias))
 
 
 def dense_columns(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -64,8 +63,10 @@ def dense_columns(x: jax.Array, kernel: jax.Array, bias: jax.Array, dtype: jax.t
     return y + jnp.expand_dims(bias.astype(jnp.float32), (1, 2))
 
 
-def _product(x: jax.Array, y: jax.Array, precision: lax.Precision | None = None) -> jax.Array:
-    options = {"precision": precision, "preferred_element_type": jnp.float32}
+def _product(
+    x: jax.Array, y: jax.Array, result: jax.typing.DTypeLike = jnp.float32, precision: lax.Precision | None = None
+) -> jax.Array:
+    options = {"precision": precision, "preferred_element_type": result}
     if y.ndim == 2:
         return lax.dot_general(x, y, (((x.ndim - 1,), (0,)), ((), ())), **options)
     return jnp.matmul(x, y, **options)
@@ -80,18 +81,18 @@ def _alike(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-@jax.custom_vjp
-def _short(x: jax.Array, y: jax.Array) -> jax.Array:
-    return _product(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _short(x: jax.Array, y: jax.Array, result: jax.typing.DTypeLike) -> jax.Array:
+    return _product(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), result)
 
 
-def _forward(x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+def _forward(x: jax.Array, y: jax.Array, result: jax.typing.DTypeLike) -> tuple[jax.Array, Any]:
     short = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
     # An array of no size says what dtype the gradient has.
-    return _product(*short), (*short, jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype))
+    return _product(*short, result), (*short, jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype))
 
 
-def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _backward(result: jax.typing.DTypeLike, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, y, of_x, of_y = kept
     gradient = gradient.astype(jnp.bfloat16)
     if y.ndim == 2:
@@ -100,7 +101,30 @@ def _backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
         by_y = lax.dot_general(x, gradient, (rows, ((), ())), preferred_element_type=jnp.float32)
     else:
         by_y = _product(x.swapaxes(-1, -2), gradient)
-    return _product(gradient, y.swapaxes(-1, -2)).astype(of_x.dtype), by_y.astype(of_y.dtype)
+    return _product(gradient, y.swapaxes(-1, -2), result).astype(of_x.dtype), by_y.astype(of_y.dtype)
 
 
 _short.defvjp(_forward, _backward)
+
+
+def _as_row(bias: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
+
+
+@jax.custom_vjp
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """y + bias in the dtype of y; the bias' gradient is summed in float32, whatever that is."""
+    return y + _as_row(bias, y)
+
+
+def _add_bias_forward(y: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _add_bias(y, bias), jnp.zeros(0, bias.dtype)
+
+
+def _add_bias_backward(of_bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Without the barrier XLA has the gradient in float32, too, for the sum, and writes both to memory.
+    gradient = lax.optimization_barrier(gradient)
+    return gradient, gradient.sum(range(gradient.ndim - 1), dtype=jnp.float32).astype(of_bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)

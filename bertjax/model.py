@@ -49,10 +49,10 @@ class BertOutput:
     attentions: jax.Array | None = None
 
 
-# What of a layer is kept for the backward pass, by the names of JAX's primitives: the results of products, and what
-# decides which numbers dropout drops. What lies between is computed again: that takes less time than writing it to
-# memory, and half of the memory.
-_KEPT = ("dot_general", "lt")
+# What of a layer is kept for the backward pass, by the names of JAX's primitives: the results of products and of
+# cuDNN's attention, and what decides which numbers dropout drops. What lies between is computed again: that takes less
+# time than writing it to memory, and half of the memory.
+_KEPT = ("dot_general", "dot_product_attention_fwd_wrapper", "lt")
 
 
 def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -109,7 +109,7 @@ class BertEncoder(nnx.Module):
             return_weights=output_attentions,
         )
 
-        def scan(layers: BertLayer, x: jax.Array, segments: Segments) -> tuple[Any, ...]:
+        def scan(layers: BertLayer, x: jax.Array, segments: Segments, keys: Any, head_mask: Any) -> Any:
             segments = prepare(segments, backend)
 
             def step(x, scanned):
@@ -117,33 +117,29 @@ class BertEncoder(nnx.Module):
                 y, weights = layer(x, segments, key, output_attentions, heads, backend)
                 return y, (x if output_hidden_states else None, weights)
 
-            # A kernel keeps little by itself, and computing it again is left to who asks for it.
-            if self.remat or backend == "xla":
+            # A kernel of Pallas can't be kept: in its interpret mode it has effects, which `jax.checkpoint` refuses.
+            if self.remat or backend != "tpu":
                 # Inside a scan nothing can be merged with the forward pass, so nothing has to be kept from it.
                 step = jax.checkpoint(step, prevent_cse=False, policy=None if self.remat else _is_kept)
-            keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
             last, (hidden, attentions) = lax.scan(step, x, (layers, keys, head_mask), unroll=self.unroll)
             if output_hidden_states:
-                hidden = jnp.concatenate([hidden, last[None]])
-            return last, hidden, attentions
+                hidden = jnp.concatenate([hidden, last[None]]).astype(jnp.float32)
+            return last.astype(jnp.float32), hidden, attentions
 
-        if output_hidden_states or output_attentions or head_mask is not None or dropout_key is not None:
-            return scan(self.layers, x, segments)
+        def on_gpu(layers: BertLayer, x: jax.Array, *args: Any) -> Any:
+            return scan(layers, x.astype(self.dtype), *args)
 
-        def plain(layers: BertLayer, x: jax.Array, segments: Segments) -> jax.Array:
-            return scan(layers, x, segments)[0]
-
-        def short(layers: BertLayer, x: jax.Array, segments: Segments) -> jax.Array:
-            return plain(layers, x.astype(self.dtype), segments).astype(jnp.float32)
-
-        def native(layers: BertLayer, x: jax.Array, segments: Segments) -> jax.Array:
+        def native(layers: BertLayer, x: jax.Array, segments: Segments, *_: None) -> jax.Array:
             return cpu.encode(x, segments, layers, self.config, self.dtype)
 
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.num_layers)
+        args = (self.layers, x, segments, keys, head_mask)
         # A GPU multiplies faster than its memory takes what stands between two products, unless that is short, too.
-        run = on_platform(plain, cuda=short) if jnp.dtype(self.dtype) == jnp.bfloat16 else plain
-        if backend == "xla" and self._native():
-            return cpu.encoder_or(native, run, self.layers, x, segments), None, None
-        return run(self.layers, x, segments), None, None
+        run = on_platform(scan, cuda=on_gpu) if jnp.dtype(self.dtype) == jnp.bfloat16 else scan
+        more = output_hidden_states or output_attentions or head_mask is not None or dropout_key is not None
+        if more or backend != "xla" or not self._native():
+            return run(*args)
+        return cpu.encoder_or(native, lambda *args: run(*args)[0], *args), None, None
 
     def _native(self) -> bool:
         """Whether a call for nothing but the last hidden state may be run by `bertjax.cpu`."""
@@ -161,14 +157,14 @@ class BertModel(nnx.Module):
         config: sizes and constants.
         add_pooling_layer: whether there is a pooler (`pooler_output`).
         dtype: dtype of the matmuls' inputs: float32, bfloat16 or float16. Accumulation, softmax, LayerNorm and the
-            residual stream are float32 whatever it is, and so are the outputs; but an inference program for NVIDIA GPUs
-            in bfloat16 keeps in bfloat16, too, what a layer writes to memory between its matmuls. Or int8, for
-            inference only: the layers' six dense layers compute in int8 (see `bertjax.int8`), attention in bfloat16,
-            the rest in float32.
+            residual stream are float32 whatever it is, and so are the outputs; but programs for NVIDIA GPUs in bfloat16
+            keep in bfloat16, too, what a layer writes to memory between its matmuls. Or int8, for inference only: the
+            layers' six dense layers compute in int8 (see `bertjax.int8`), attention in bfloat16, the rest in float32.
         param_dtype: dtype of the parameters. In int8, it is that of all but the dense layers' kernels, and float32.
         remat: recompute all of each layer's activations in the backward pass; without it the results of products are
             kept, and only what lies between these is computed again.
-        unroll: how many layers one step of the scan runs; True unrolls all of them.
+        unroll: how many layers one step of the scan runs; True unrolls all of them, which takes longer to compile. In
+            training, GPUs gain by it: what a scan keeps for the backward pass is copied into stacks and out of them.
         attention: what computes attention: "xla", "cudnn" or "tpu" (see `bertjax.attention`), or "auto", which chooses
             for each call, and on a CPU may run the whole encoder natively (see `bertjax.cpu`). Where one that is asked
             for can't do what a call needs, the call is refused.

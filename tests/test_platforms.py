@@ -1,5 +1,6 @@
 """The same results by another way where a program runs: the ways of TPUs and GPUs, run on a CPU or only lowered."""
 
+import dataclasses
 import re
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 from scipy.special import erf
 
 from bertjax import BertConfig, functional
-from bertjax.layers import _gelu_fitted, layer_norm
+from bertjax.layers import _gelu_fitted, _normalise, layer_norm
 from bertjax.platforms import on_platform
 
 CONFIG = BertConfig(
@@ -51,13 +52,16 @@ def test_the_way_is_that_of_the_platform_which_the_program_is_for():
     assert found == {"cpu": ["sine"], "cuda": ["sine"], "tpu": ["cosine"]}
 
 
-def test_derivatives_are_those_of_the_default_everywhere(run_as):
+@pytest.mark.parametrize("backend", ["cpu", "gpu", "tpu"])
+def test_derivatives_are_of_one_way_wherever_they_run(backend, run_as, monkeypatch):
     run_as("tpu")
-    function = on_platform(jnp.sin, tpu=jnp.tanh)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    function = on_platform(jnp.sin, tpu=jnp.tanh, cuda=jnp.exp)
+    slope = np.exp if backend == "gpu" else np.cos
     x = jnp.arange(1.0, 4.0)
     np.testing.assert_allclose(jax.jit(function)(x), np.tanh(x), rtol=1e-6)
-    np.testing.assert_allclose(jax.grad(lambda x: function(x).sum())(x), np.cos(x), rtol=1e-6)
-    np.testing.assert_allclose(jax.jvp(function, (x,), (jnp.ones(3),))[0], np.sin(x), rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda x: function(x).sum())(x), slope(x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(function, (x,), (jnp.ones(3),))[1], slope(x), rtol=1e-6)
     np.testing.assert_allclose(jax.vmap(function)(x[:, None])[:, 0], np.tanh(x), rtol=1e-6)
 
 
@@ -99,6 +103,28 @@ def test_layer_norm_by_every_way(dtype, platform, run_as):
     far = np.asarray(norm(jnp.asarray(x + 2000.0)))
     careful = dtype == "float32" or platform == "cuda"
     assert (np.abs(far - exact).max() < 0.01) == careful
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_layer_norm_has_the_slopes_of_its_formula(fast):
+    rng = np.random.default_rng(0)
+    x, dx = (jnp.asarray(rng.normal(size=(5, 7, 64)), jnp.float32) for _ in range(2))
+    scale, bias, dscale, dbias = (jnp.asarray(rng.normal(size=64), jnp.float32) for _ in range(4))
+
+    def formula(x, scale, bias):
+        difference = x - x.mean(-1, keepdims=True)
+        return difference / jnp.sqrt(jnp.square(difference).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+    def layer_norm(x, scale, bias):
+        return _normalise(x, scale, bias, 1e-5, fast)
+
+    given, slopes = (x, scale, bias), (dx, dscale, dbias)
+    expected, found = (jax.jvp(function, given, slopes) for function in (formula, layer_norm))
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5)
+    expected, found = (jax.vjp(function, *given)[1](dx) for function in (formula, layer_norm))
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_allclose(two, one, rtol=0, atol=2e-5)
 
 
 def inputs(packed):
@@ -173,12 +199,46 @@ def test_in_bfloat16_a_tpu_has_the_fitted_gelu():
         assert set(re.findall(r"\b(tanh|erf)\b", text)) == expected
 
 
-def test_float32_and_float16_are_the_same_on_a_gpu_and_gradients_too():
+def test_float32_and_float16_are_the_same_on_a_gpu():
     ids, mask = inputs(packed=False)
     for dtype, name in ((jnp.float32, "f32"), (jnp.float16, "f16")):
         apply, params = functional(random_model(CONFIG, dtype=dtype, attention="xla"))
         found = products(lowered(lambda params, apply=apply: apply(params, ids, **mask), "cuda", params))
         assert found == [(name, name, "f32")] * 9
-    apply, params = functional(random_model(CONFIG, dtype=jnp.bfloat16, attention="xla"))
-    text = lowered(jax.grad(lambda params: apply(params, ids, **mask).last_hidden_state.sum()), "cuda", params)
-    assert set(products(text)) == {("bf16", "bf16", "f32")}
+
+
+def slopes(model, dropout_key=None):
+    """The gradient of a loss by every parameter, and the program that computes it for a GPU."""
+    apply, params = functional(model)
+    ids, rest = inputs(packed=True)
+
+    def loss(params):
+        states = apply(params, ids, **rest, dropout_key=dropout_key).last_hidden_state
+        return (jnp.where(rest["segment_ids"][..., None] > 0, states, 0) ** 2).mean()
+
+    return jax.jit(jax.grad(loss))(params), lowered(jax.grad(loss), "cuda", params)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_training_in_bfloat16_on_a_gpu(dropped, run_as, monkeypatch):
+    """What stands between products is in bfloat16 both ways, but for what is summed up for a parameter."""
+    config = dataclasses.replace(CONFIG, hidden_dropout_prob=0.1 * dropped, attention_probs_dropout_prob=0.1 * dropped)
+    key = jax.random.key(0) if dropped else None
+    exact, _ = slopes(random_model(config, attention="xla"), key)
+    model = random_model(config, attention="xla", dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    usual, _ = slopes(model, key)
+    run_as("cuda")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found, text = slopes(model, key)
+    # Of the dense layers: the results, and the gradients of what went in; but of the kernels in float32.
+    assert products(text).count(("bf16", "bf16", "bf16")) == 12
+    assert products(text).count(("bf16", "bf16", "f32")) == 6 + 2 + 4
+    for (path, one), two, three in zip(
+        jax.tree.leaves_with_path(exact), jax.tree.leaves(usual), jax.tree.leaves(found), strict=True
+    ):
+        assert three.dtype == jnp.float32
+        name = jax.tree_util.keystr(path)
+        if "key']['bias" in name or "pooler" in name:  # zero, but for rounding
+            continue
+        errors = [float(jnp.sqrt(jnp.square(each - one).mean())) for each in (two, three)]
+        assert errors[1] < 3 * errors[0], name

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 
 from bertjax import hub
@@ -219,6 +220,7 @@ def _model(settings: Settings, of: type[LearningTask], tokenizer: Tokenizer, **l
     """The model, new or from a checkpoint."""
     asked, kind, seed = settings.model, of.model_class, settings.run.seed
     options = {"dtype": asked.dtype, "param_dtype": "float32", "remat": asked.remat}
+    options["unroll"] = True if jax.default_backend() == "gpu" else 1  # see `BertModel`
     if asked.preset is None:
         if asked.config:
             raise ConfigError("[model] config is of a new model, made of a preset; a name has its own")
