@@ -22,6 +22,14 @@ CONFIG = BertConfig(
 )  # fmt: skip
 
 
+def model_of(**options):
+    """A model with random weights whose attention is not so sharp that it multiplies any rounding."""
+    model = random_model(CONFIG, attention="xla", **options)
+    for part in (model.encoder.layers.attention.query, model.encoder.layers.attention.key):
+        part.kernel[...] = part.kernel[...] * 0.3
+    return model
+
+
 def lowered(function, platform, *args):
     """The program of a function for a platform that need not be there."""
     return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
@@ -144,7 +152,7 @@ def states(model, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_tpu_computes_the_same_in_float32(packed, run_as):
-    model = random_model(CONFIG, attention="xla")
+    model = model_of()
     expected = states(model, packed)
     run_as("tpu")
     np.testing.assert_allclose(states(model, packed), expected, rtol=0, atol=tolerance(expected, 3))
@@ -152,8 +160,8 @@ def test_a_tpu_computes_the_same_in_float32(packed, run_as):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_in_bfloat16_a_gpu_is_about_as_near_to_float32(packed, run_as):
-    exact = states(random_model(CONFIG, attention="xla"), packed)
-    model = random_model(CONFIG, attention="xla", dtype=jnp.bfloat16)
+    exact = states(model_of(), packed)
+    model = model_of(dtype=jnp.bfloat16)
     usual = states(model, packed)
     run_as("cuda")
     other = states(model, packed)
