@@ -155,39 +155,42 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float32 [..., features] to the same shape."""
-        return _normalise(x, self.scale[...], self.bias[...], self.epsilon, self.use_fast_variance)
+        run = functools.partial(_normalise, self.epsilon, self.use_fast_variance)
+        if self.use_fast_variance:
+            run = on_platform(run, cuda=functools.partial(_normalise_on_gpu, self.epsilon))
+        return run(x, self.scale[...], self.bias[...])
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, fast: bool) -> jax.Array:
+def _normalise(epsilon: float, fast: bool, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """(x - E[x]) / sqrt(Var[x] + epsilon) scale + bias, over the last axis."""
-    mean, inverse = _moments(x, epsilon, fast)
+    mean, inverse = _moments(epsilon, fast, x)
     return (x - mean) * (inverse * _row(scale, x)) + _row(bias, x)
 
 
-@_normalise.defjvp
-def _normalise_jvp(epsilon: float, fast: bool, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    # By the chain rule as it stands JAX would keep and pass over several arrays more.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normalise_on_gpu(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+    """The same with a derivative that is written out: by the chain rule as it stands JAX passes over more arrays.
+
+    Only for GPUs: on CPUs XLA of jax 0.10 takes sums in it for matrix products, and computes these wrongly.
+    """
+    return _normalise(epsilon, False, x, scale, bias)
+
+
+@_normalise_on_gpu.defjvp
+def _normalise_on_gpu_jvp(epsilon: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    mean, inverse = _moments(x, epsilon, fast)
+    mean, inverse = _moments(epsilon, False, x)
     standard = (x - mean) * inverse
     slope = inverse * (dx - _mean(dx) - standard * _mean(standard * dx))
     y = standard * _row(scale, x) + _row(bias, x)
     return y, slope * _row(scale, x) + standard * _row(dscale, x) + _row(dbias, x)
 
 
-def _moments(x: jax.Array, epsilon: float, fast: bool) -> tuple[jax.Array, jax.Array]:
+def _moments(epsilon: float, fast: bool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The mean and 1 / sqrt(variance + epsilon) over the last axis, [..., 1] both."""
-
-    def by_squares(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean = _mean(x)
-        return mean, lax.rsqrt(jnp.maximum(0.0, _mean(jnp.square(x)) - jnp.square(mean)) + epsilon)
-
-    def by_differences(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean = _mean(x)
-        return mean, lax.rsqrt(_mean(jnp.square(x - mean)) + epsilon)
-
-    return (on_platform(by_squares, cuda=by_differences) if fast else by_differences)(x)
+    mean = _mean(x)
+    variance = jnp.maximum(0.0, _mean(jnp.square(x)) - jnp.square(mean)) if fast else _mean(jnp.square(x - mean))
+    return mean, lax.rsqrt(variance + epsilon)
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -82,7 +82,8 @@ class BertEncoder(nnx.Module):
         self.layers = stack(rngs)
         self.num_layers = config.num_hidden_layers
         self.remat = remat
-        self.unroll = unroll
+        # As a number: True is equal to 1, and a program that is compiled with one would be taken for the other.
+        self.unroll = config.num_hidden_layers if unroll is True else unroll
         self.attention = attention
         self.config = config
         self.dtype = dtype

@@ -323,6 +323,13 @@ def test_activations_slopes_match_torch():
         np.testing.assert_allclose(slopes, theirs.grad, rtol=0, atol=1e-5, err_msg=name)
 
 
+def test_all_layers_unrolled_is_not_taken_for_one_at_a_time():
+    ids = random_ids((2, 9))
+    for unroll, loops in ((1, True), (True, False)):
+        apply, params = functional(tiny(unroll=unroll))
+        assert ("stablehlo.while" in jax.jit(apply).lower(params, ids).as_text()) == loops
+
+
 def test_unroll_and_remat_change_nothing():
     ids = random_ids((2, 9))
     expected = tiny()(ids).last_hidden_state
