@@ -2,8 +2,9 @@
 
 Everything between two matmuls is computed in float32: matmuls take inputs in the compute dtype and accumulate in
 float32, and the residual stream, LayerNorm, GELU and softmax stay there. Lower precision thus means inputs, not
-accumulators. A layer that is given states in the compute dtype also returns such, and rounds to it what is written to
-memory in between: the results of dense layers and of LayerNorms. Its sums and its softmax are in float32 all the same.
+accumulators. A layer that is given states in bfloat16 also returns such, and rounds to it what is written to memory in
+between: the results of dense layers and of LayerNorms, and what comes back for these in the backward pass. LayerNorm,
+softmax, GELU and whatever is summed up over features or tokens are in float32 all the same.
 
 Dropout needs no hidden state: a call that is given a random key drops, one that is not does not.
 """
@@ -24,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from bertjax.attention import Segments, attend, relative_bias
 from bertjax.config import BertConfig
 from bertjax.int8 import Int8Linear, dtype_of_attention, dtype_within, is_int8
-from bertjax.matmul import dense, dense_columns, matmul
+from bertjax.matmul import as_row, dense, dense_columns, matmul
 from bertjax.platforms import on_platform
 
 DType = jax.typing.DTypeLike
@@ -79,7 +80,10 @@ _gelu_short = on_platform(_gelu_erf, tpu=_gelu_fitted)
 
 
 def _activation(name: str, dtype: DType) -> Callable[[jax.Array], jax.Array]:
-    """An activation whose result is to be rounded to this dtype, where an error of 3e-6 shows in float32 only."""
+    """An activation whose result is to be rounded to this dtype.
+
+    In a shorter one than float32 an error of 3e-6 is small beside the rounding of what the result is added to.
+    """
     return _gelu_short if name == "gelu" and jnp.dtype(dtype) != jnp.float32 else ACTIVATION_FUNCTIONS[name]
 
 
@@ -102,10 +106,10 @@ def _initializer(stddev: float) -> nnx.Initializer:
 
 
 class Linear(nnx.Linear):
-    """A dense layer with a kernel [in, out], whose result has the dtype of its input; see `bertjax.matmul.dense`."""
+    """A dense layer with a kernel [in, out]; see `bertjax.matmul.dense`."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float [..., in] to [..., out]; float32 or the layer's own dtype, both."""
+        """Maps float [..., in] to float32 [..., out], or bfloat16 to bfloat16."""
         return dense(x, self.kernel[...], None if self.bias is None else self.bias[...], self.dtype)
 
 
@@ -164,7 +168,7 @@ class LayerNorm(nnx.LayerNorm):
 def _normalise(epsilon: float, fast: bool, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """(x - E[x]) / sqrt(Var[x] + epsilon) scale + bias, over the last axis."""
     mean, inverse = _moments(epsilon, fast, x)
-    return (x - mean) * (inverse * _row(scale, x)) + _row(bias, x)
+    return (x - mean) * (inverse * as_row(scale, x)) + as_row(bias, x)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -182,8 +186,8 @@ def _normalise_on_gpu_jvp(epsilon: float, primals: Any, tangents: Any) -> tuple[
     mean, inverse = _moments(epsilon, False, x)
     standard = (x - mean) * inverse
     slope = inverse * (dx - _mean(dx) - standard * _mean(standard * dx))
-    y = standard * _row(scale, x) + _row(bias, x)
-    return y, slope * _row(scale, x) + standard * _row(dscale, x) + _row(dbias, x)
+    y = standard * as_row(scale, x) + as_row(bias, x)
+    return y, slope * as_row(scale, x) + standard * as_row(dscale, x) + as_row(dbias, x)
 
 
 def _moments(epsilon: float, fast: bool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -195,11 +199,6 @@ def _moments(epsilon: float, fast: bool, x: jax.Array) -> tuple[jax.Array, jax.A
 
 def _mean(x: jax.Array) -> jax.Array:
     return x.mean(-1, keepdims=True)
-
-
-def _row(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """A vector over the last axis of x, in the dtype of x."""
-    return jnp.expand_dims(vector.astype(x.dtype), range(x.ndim - 1))
 
 
 def layer_norm(config: BertConfig, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> LayerNorm:
@@ -421,7 +420,7 @@ class BertLayer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """Maps [batch, length, hidden] to the same shape and dtype, and to weights [batch, heads, length, length].
 
-        What stands between two products is in the dtype of `x`, float32 or the compute dtype, and computed in float32.
+        What stands between two products is in the dtype of `x`: float32, or bfloat16 where that is what is multiplied.
         """
         attention_key, hidden_key, output_key = _split(dropout_key, 3)
         attended, weights = self.attention(x, segments, attention_key, return_weights, head_mask, backend)

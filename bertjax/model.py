@@ -52,7 +52,7 @@ class BertOutput:
 # What of a layer is kept for the backward pass, by the names of JAX's primitives: the results of products and of
 # cuDNN's attention, and what decides which numbers dropout drops. What lies between is computed again: that takes less
 # time than writing it to memory, and half of the memory.
-_KEPT = ("dot_general", "dot_product_attention_fwd_wrapper", "lt")
+_KEPT = ("dot_general", "short_product", "dot_product_attention_fwd_wrapper", "lt")
 
 
 def _is_kept(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -70,7 +70,7 @@ class BertEncoder(nnx.Module):
         dtype: DType,
         param_dtype: DType,
         remat: bool,
-        unroll: int | bool,
+        unroll: int,
         attention: str,
         rngs: nnx.Rngs,
     ):
@@ -82,8 +82,7 @@ class BertEncoder(nnx.Module):
         self.layers = stack(rngs)
         self.num_layers = config.num_hidden_layers
         self.remat = remat
-        # As a number: True is equal to 1, and a program that is compiled with one would be taken for the other.
-        self.unroll = config.num_hidden_layers if unroll is True else unroll
+        self.unroll = unroll
         self.attention = attention
         self.config = config
         self.dtype = dtype
@@ -120,7 +119,7 @@ class BertEncoder(nnx.Module):
 
             # A kernel of Pallas can't be kept: in its interpret mode it has effects, which `jax.checkpoint` refuses.
             if self.remat or backend != "tpu":
-                # Inside a scan nothing can be merged with the forward pass, so nothing has to be kept from it.
+                # Inside a loop nothing can be merged with the forward pass, so nothing has to be kept from it.
                 step = jax.checkpoint(step, prevent_cse=False, policy=None if self.remat else _is_kept)
             last, (hidden, attentions) = lax.scan(step, x, (layers, keys, head_mask), unroll=self.unroll)
             if output_hidden_states:
@@ -159,11 +158,13 @@ class BertModel(nnx.Module):
         add_pooling_layer: whether there is a pooler (`pooler_output`).
         dtype: dtype of the matmuls' inputs: float32, bfloat16 or float16. Accumulation, softmax, LayerNorm and the
             residual stream are float32 whatever it is, and so are the outputs; but programs for NVIDIA GPUs in bfloat16
-            keep in bfloat16, too, what a layer writes to memory between its matmuls. Or int8, for inference only: the
-            layers' six dense layers compute in int8 (see `bertjax.int8`), attention in bfloat16, the rest in float32.
+            keep in bfloat16, too, what a layer writes to memory between its matmuls, forwards and backwards. Or int8,
+            for inference only: the layers' six dense layers compute in int8 (see `bertjax.int8`), attention in
+            bfloat16, the rest in float32.
         param_dtype: dtype of the parameters. In int8, it is that of all but the dense layers' kernels, and float32.
         remat: recompute all of each layer's activations in the backward pass; without it the results of products are
-            kept, and only what lies between these is computed again.
+            kept, and only what lies between these is computed again. Layers have to run in a loop then, not all
+            unrolled: XLA merges what is computed twice outside of one, and keeps it.
         unroll: how many layers one step of the scan runs; True unrolls all of them, which takes longer to compile. In
             training, GPUs gain by it: what a scan keeps for the backward pass is copied into stacks and out of them.
         attention: what computes attention: "xla", "cudnn" or "tpu" (see `bertjax.attention`), or "auto", which chooses
@@ -185,8 +186,7 @@ class BertModel(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtype, param_dtype = check_dtypes(dtype, param_dtype)
-        if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
-            raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
+        unroll = _check_unroll(unroll, config.num_hidden_layers, remat)
         relative = config.position_embedding_type != "absolute"
         check_attention(attention, dtype=dtype_of_attention(dtype), head_dim=config.head_dim, relative=relative)
         options = {"dtype": dtype_within(dtype), "param_dtype": param_dtype, "rngs": rngs}
@@ -385,6 +385,19 @@ def check_dtype(name: str, dtype: DType, accepted: tuple[str, ...] = _FLOATS) ->
     if found is None or found.name not in accepted:
         raise ConfigError(f"{name}={dtype!r} is not supported; expected one of {', '.join(accepted)}")
     return found
+
+
+def _check_unroll(unroll: int | bool, layers: int, remat: bool) -> int:
+    """Returns how many layers to unroll. A number: True is equal to 1, and one program would be taken for the other."""
+    if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
+        raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
+    unroll = layers if unroll is True else unroll
+    if remat and unroll >= layers > 1:
+        raise ConfigError(
+            f"unroll is all {layers} layers and remat is True: with no loop between them, XLA merges what is computed "
+            f"twice and keeps it after all; unroll fewer layers, or leave out remat"
+        )
+    return unroll
 
 
 def check_dtypes(dtype: DType, param_dtype: DType | None) -> tuple[jnp.dtype, jnp.dtype]:

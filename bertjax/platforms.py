@@ -1,11 +1,12 @@
 """One result, computed in another way where the program runs: what it is compiled for is known only then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.interpreters import ad
 
 
 def on_platform(default: Callable[..., Any], **others: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,16 +28,22 @@ def on_platform(default: Callable[..., Any], **others: Callable[..., Any]) -> Ca
 
     def differentiate(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         here = others.get("cuda", default) if jax.default_backend() == "gpu" else default
-        # Of what does not move there is no derivative to be computed: kernels that are frozen, and segments.
         leaves, tree = jax.tree.flatten(primals)
-        slopes = jax.tree.leaves(tangents)
-        moving = [place for place, slope in enumerate(slopes) if type(slope) is not SymbolicZero]
-
-        def of_moving(*moved: jax.Array) -> Any:
-            together = dict(enumerate(leaves)) | dict(zip(moving, moved, strict=True))
-            return here(*jax.tree.unflatten(tree, together.values()))
-
-        return jax.jvp(of_moving, [leaves[place] for place in moving], [slopes[place] for place in moving])
+        return jvp_of_moving(lambda *leaves: here(*jax.tree.unflatten(tree, leaves)), leaves, jax.tree.leaves(tangents))
 
     chosen.defjvp(differentiate, symbolic_zeros=True)
     return chosen
+
+
+def jvp_of_moving(function: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+    """`jax.jvp` of a function of arrays, where a tangent may be one of JAX's symbols for zero.
+
+    Of what does not move no derivative is to be computed: kernels that are frozen, and segments.
+    """
+    moving = [place for place, tangent in enumerate(tangents) if not isinstance(tangent, (ad.Zero, SymbolicZero))]
+
+    def of_moving(*moved: jax.Array) -> Any:
+        args = dict(enumerate(primals)) | dict(zip(moving, moved, strict=True))
+        return function(*args.values())
+
+    return jax.jvp(of_moving, [primals[place] for place in moving], [tangents[place] for place in moving])

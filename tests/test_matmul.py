@@ -1,12 +1,15 @@
 """Products in a short dtype, and their derivatives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bertjax.matmul import matmul
+from bertjax.matmul import dense, matmul
+from bertjax.short_product import short_product
 
 SHAPES = [((4, 6), (6, 5)), ((2, 3, 4, 6), (6, 5)), ((2, 3, 4, 6), (2, 3, 6, 5))]
 
@@ -68,3 +71,110 @@ def test_in_a_shard_map_gradients_are_summed_over_devices():
     )(x, y)
     expected = jax.grad(lambda y: (matmul(x, y, "bfloat16") ** 2).sum())(y)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def of_rounded(x, y, batch):
+    """What `short_product` computes, by JAX's own product of float32."""
+    x, y = (each.astype(jnp.bfloat16).astype(jnp.float32) for each in (x, y))
+    common = tuple(range(batch))
+    return jax.lax.dot_general(x, y, (((x.ndim - 1,), (batch,)), (common, common)), precision="highest")
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, None), (None, 2), (1, 2)])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_mapped_over_any_axis_of_either(shapes, axes):
+    batch = len(shapes[1]) - 2
+    shapes = [
+        shape if axis is None else (*shape[:axis], 7, *shape[axis:]) for shape, axis in zip(shapes, axes, strict=True)
+    ]
+    x, y = drawn(shapes)
+    found, expected = (
+        jax.vmap(functools.partial(product, batch=batch), axes)(x, y) for product in (short_product, of_rounded)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    weight = drawn([expected.shape])[0].astype(jnp.bfloat16).astype(jnp.float32)
+
+    def slopes(product):
+        mapped = jax.vmap(functools.partial(product, batch=batch), axes)
+        return jax.grad(lambda x, y: (mapped(x, y) * weight).sum(), (0, 1))(x, y)
+
+    for one, two in zip(slopes(short_product), slopes(of_rounded), strict=True):
+        # JAX rounds the slope of a cast, too; a gradient in bfloat16 is 2^-9 from what it stands for.
+        np.testing.assert_allclose(one, two, rtol=2.0**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_every_derivative_is_there(shapes):
+    """Forwards, backwards, one in the other, and the slopes of a mapped function."""
+    x, y = drawn(shapes)
+    dx, dy = (each[::-1] for each in (x, y))
+
+    def total(x, y):
+        return jnp.tanh(0.1 * matmul(x, y, "bfloat16")).sum()
+
+    gradient = jax.grad(total, (0, 1))
+    slope = jax.jvp(total, (x, y), (dx, dy))[1]
+    backwards = sum(jnp.vdot(one, two) for one, two in zip(gradient(x, y), (dx, dy), strict=True))
+    np.testing.assert_allclose(slope, backwards, rtol=0.02, atol=0.02)
+    curved = jax.jvp(lambda *at: jax.jvp(total, at, (dx, dy))[1], (x, y), (dx, dy))[1]
+    along = jax.jvp(gradient, (x, y), (dx, dy))[1]
+    np.testing.assert_allclose(
+        curved, sum(jnp.vdot(one, two) for one, two in zip(along, (dx, dy), strict=True)), rtol=0.03, atol=0.03
+    )
+    rows = jnp.stack([x, dx])
+    mapped = jax.grad(lambda y: jax.vmap(total, (0, None))(rows, y).sum())(y)
+    np.testing.assert_allclose(mapped, gradient(x, y)[1] + gradient(dx, y)[1], rtol=0, atol=0.02)
+
+
+def test_over_a_mesh_of_explicit_axes():
+    """Rows are spread over the devices, and summed over for the gradient of what is on all of them."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    x, y = drawn(SHAPES[1])
+    compute = functools.partial(gradients, dtype="bfloat16", weight=1.0)
+    expected = compute(x, y)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+        everywhere = jax.device_put(y, NamedSharding(mesh, PartitionSpec()))
+        found = jax.jit(compute)(spread, everywhere)
+        mapped = jax.jit(jax.vmap(compute, (1, None)))(spread, everywhere)
+    for one, two, given in zip(found, expected, (spread, everywhere), strict=True):
+        assert one.sharding.is_equivalent_to(given.sharding, one.ndim)
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(mapped[1].sum(0), expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_dense_layer_stays_in_bfloat16_and_else_in_float32(given, with_bias):
+    x, kernel, bias = drawn([(3, 4, 6), (6, 5), (5,)])
+    x, bias = x.astype(given), bias if with_bias else None
+    y = dense(x, kernel, bias, "bfloat16")
+    assert y.dtype == (given if given == "bfloat16" else "float32")
+    exact = of_rounded(x, kernel, 0) + (0 if bias is None else bias)
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2.0**-7 if given == "bfloat16" else 0, atol=0.02)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    """In bfloat16 a sum of ones ends at 256."""
+    x, kernel, bias = drawn([(40, 50, 6), (6, 5), (5,)])
+    slope = jax.grad(lambda bias: dense(x.astype(jnp.bfloat16), kernel, bias, "bfloat16").astype(jnp.float32).sum())
+    np.testing.assert_array_equal(jax.jit(slope)(bias), np.full(5, 2000.0))
+    text = jax.jit(slope).lower(bias).as_text()
+    assert "optimization_barrier" in text and "across dimensions = [0, 1] : (tensor<40x50x5xf32>" in text
+
+
+def test_a_dense_layer_in_a_shard_map():
+    mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    x, kernel, bias = drawn([(16, 6), (6, 5), (5,)])
+    x = x.astype(jnp.bfloat16)
+
+    def loss(x, kernel, bias):
+        return (dense(x, kernel, bias, "bfloat16").astype(jnp.float32) ** 2).sum()
+
+    def on_each(x, kernel, bias):
+        return jax.grad(lambda *of: jax.lax.psum(loss(x, *of), "data"), (0, 1))(kernel, bias)
+
+    specs = (PartitionSpec("data"), PartitionSpec(), PartitionSpec())
+    found = jax.shard_map(on_each, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())(x, kernel, bias)
+    for one, two in zip(found, jax.grad(loss, (1, 2))(x, kernel, bias), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5)

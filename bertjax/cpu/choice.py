@@ -7,6 +7,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from bertjax.platforms import jvp_of_moving
+
 
 def encoder_or(native: Callable[..., jax.Array], default: Callable[..., jax.Array], *args: Any) -> jax.Array:
     """Returns default(*args), computed by native(*args) in an inference program for one CPU device.
@@ -37,13 +39,7 @@ def _shape_of(*args: Any, native: Callable, default: Callable) -> jax.core.Shape
 
 
 def _differentiate(primals: Any, tangents: Any, *, native: Callable, default: Callable) -> tuple[jax.Array, jax.Array]:
-    moving = [place for place, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
-
-    def of_moving(*moved: jax.Array) -> jax.Array:
-        args = dict(enumerate(primals)) | dict(zip(moving, moved, strict=True))
-        return default(*args.values())
-
-    return jax.jvp(of_moving, tuple(primals[place] for place in moving), tuple(tangents[place] for place in moving))
+    return jvp_of_moving(default, primals, tangents)
 
 
 def _batch(args: Any, axes: Any, *, native: Callable, default: Callable) -> tuple[jax.Array, int]:

@@ -54,7 +54,7 @@ class LoRALinear(nnx.Module):
         return self.lora_a.shape[-1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [..., in_features] to [..., out_features]; float32 or the layer's own dtype, both."""
+        """Maps float [..., in_features] to float32 [..., out_features], or bfloat16 to bfloat16."""
         y = dense(x, self.kernel[...], self.bias[...], self.dtype)
         low = matmul(x, self.lora_a[...], self.dtype)
         return y + (self.alpha / self.rank * matmul(low, self.lora_b[...], self.dtype)).astype(y.dtype)

@@ -220,7 +220,7 @@ def _model(settings: Settings, of: type[LearningTask], tokenizer: Tokenizer, **l
     """The model, new or from a checkpoint."""
     asked, kind, seed = settings.model, of.model_class, settings.run.seed
     options = {"dtype": asked.dtype, "param_dtype": "float32", "remat": asked.remat}
-    options["unroll"] = True if jax.default_backend() == "gpu" else 1  # see `BertModel`
+    options["unroll"] = True if jax.default_backend() == "gpu" and not asked.remat else 1  # see `BertModel`
     if asked.preset is None:
         if asked.config:
             raise ConfigError("[model] config is of a new model, made of a preset; a name has its own")

@@ -700,6 +700,15 @@ def test_a_model_with_one_type_of_tokens_does_not_learn_from_pairs(tables, kind,
         trainer_of(settings_of(given))
 
 
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_layers_are_unrolled_on_gpus_but_where_they_are_computed_again(tables, monkeypatch, platform, remat):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    encoder = trainer_of(settings_of(tables(model={"remat": remat}))).model.bert.encoder
+    assert encoder.unroll == (encoder.num_layers if platform == "gpu" and not remat else 1)
+    assert encoder.num_layers > 1
+
+
 @pytest.mark.parametrize("option", [{"remat": True}, {"tokenizer": "x"}, {"config": {"vocab_size": 3}}])
 def test_settings_that_sentence_models_do_not_have(tables, option):
     with pytest.raises(ConfigError, match=f"ranking goes on from a name, without {next(iter(option))}"):
