@@ -56,6 +56,12 @@ def _compute(x: jax.Array, y: jax.Array, **params: Any) -> jax.Array:
     return lax.dot_general(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), **_options(x, **params))
 
 
+def _compute_on_cpu(x: jax.Array, y: jax.Array, **params: Any) -> jax.Array:
+    # Without a barrier XLA (of jax 0.10 and 0.12) merges the product with a transpose of the result, after it was
+    # settled what is to multiply bfloat16, and ends in "Unsupported element type for DotThunk".
+    return lax.optimization_barrier(_compute(x, y, **params))
+
+
 def _shape_of(x: Any, y: Any, **params: Any) -> Any:
     short = (each.update(dtype=jnp.dtype(jnp.bfloat16)) for each in (x, y))
     return lax.dot_general_p.abstract_eval(*short, **_options(x, **params))[0]
@@ -117,3 +123,4 @@ ad.defbilinear(_product_p, _back_to_x, _back_to_y)
 ad.primitive_jvps[_product_p] = _differentiate
 batching.primitive_batchers[_product_p] = _batch
 mlir.register_lowering(_product_p, mlir.lower_fun(_compute, multiple_results=False))
+mlir.register_lowering(_product_p, mlir.lower_fun(_compute_on_cpu, multiple_results=False), platform="cpu")

@@ -73,6 +73,18 @@ def test_in_a_shard_map_gradients_are_summed_over_devices():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1024, 64), (8, 128, 64), (2, 4, 128, 64)])
+def test_a_product_whose_result_is_turned_over(shape):
+    """As the gradient of word embeddings is that score every position; XLA for CPUs merges that into what it lacks."""
+    x, words, weight = drawn([shape, (500, 64), (*shape[:-1], 500)])
+
+    def slope(x, words, weight, dtype):
+        return jax.grad(lambda words: (matmul(x, words.T, dtype) * weight).sum())(words)
+
+    found, exact = (jax.jit(slope, static_argnums=3)(x, words, weight, dtype) for dtype in ("bfloat16", "float32"))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=0.01 * float(abs(exact).max()))
+
+
 def of_rounded(x, y, batch):
     """What `short_product` computes, by JAX's own product of float32."""
     x, y = (each.astype(jnp.bfloat16).astype(jnp.float32) for each in (x, y))

@@ -321,8 +321,10 @@ def test_cudnns_attention_is_not_computed_twice(monkeypatch):
     for remat, expected in ((False, 1), (True, 2)):
         apply, params = functional(random_model(config, attention="cudnn", dtype=jnp.bfloat16, remat=remat))
         slopes = jax.grad(lambda params, apply=apply: apply(params, ids, **rest).last_hidden_state.sum())
-        found = re.findall(r"= dot_product_attention_(fwd|bwd)_wrapper\[", str(jax.make_jaxpr(slopes)(params)))
+        text = str(jax.make_jaxpr(slopes)(params))
+        found = re.findall(r"= dot_product_attention_(fwd|bwd)_wrapper\[", text)
         assert (found.count("fwd"), found.count("bwd")) == (expected, 1)
+        assert text.count("= erf ") == 2  # what lies between products is
 
 
 def test_float32_and_float16_are_the_same_on_a_gpu():
