@@ -163,8 +163,8 @@ class BertModel(nnx.Module):
             bfloat16, the rest in float32.
         param_dtype: dtype of the parameters. In int8, it is that of all but the dense layers' kernels, and float32.
         remat: recompute all of each layer's activations in the backward pass; without it the results of products are
-            kept, and only what lies between these is computed again. Layers have to run in a loop then, not all
-            unrolled: XLA merges what is computed twice outside of one, and keeps it.
+            kept, and only what lies between these is computed again. There has to be a loop over the layers then, so
+            at most half of them may be unrolled: outside of one XLA merges what is computed twice, and keeps it.
         unroll: how many layers one step of the scan runs; True unrolls all of them, which takes longer to compile. In
             training, GPUs gain by it: what a scan keeps for the backward pass is copied into stacks and out of them.
         attention: what computes attention: "xla", "cudnn" or "tpu" (see `bertjax.attention`), or "auto", which chooses
@@ -392,10 +392,10 @@ def _check_unroll(unroll: int | bool, layers: int, remat: bool) -> int:
     if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
         raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
     unroll = layers if unroll is True else unroll
-    if remat and unroll >= layers > 1:
+    if remat and layers > 1 and layers // unroll < 2:
         raise ConfigError(
-            f"unroll is all {layers} layers and remat is True: with no loop between them, XLA merges what is computed "
-            f"twice and keeps it after all; unroll fewer layers, or leave out remat"
+            f"unroll is {unroll} of {layers} layers and remat is True: without a loop that runs at least twice, XLA "
+            f"merges what is computed twice, and keeps it; unroll at most {layers // 2}, or leave out remat"
         )
     return unroll
 

@@ -2,7 +2,8 @@
 
 The derivative of JAX's own product multiplies in the dtype of the result, which is float32 where that is what was
 summed up, and takes several times as long. A function that brings its own by `jax.custom_vjp` has no derivative
-forwards, and so none at all inside of one that is mapped and brings its own by `jax.custom_jvp`.
+forwards, and so none at all inside of one that is mapped and brings its own by `jax.custom_jvp`. To a policy of
+`jax.checkpoint` it is known by its name, "short_product"; JAX's own policies for products do not know it.
 """
 
 from typing import Any
@@ -63,7 +64,7 @@ def _compute_on_cpu(x: jax.Array, y: jax.Array, **params: Any) -> jax.Array:
 
 
 def _shape_of(x: Any, y: Any, **params: Any) -> Any:
-    short = (each.update(dtype=jnp.dtype(jnp.bfloat16)) for each in (x, y))
+    short = (each.update(dtype=jnp.dtype(jnp.bfloat16), weak_type=False) for each in (x, y))
     return lax.dot_general_p.abstract_eval(*short, **_options(x, **params))[0]
 
 
@@ -98,20 +99,29 @@ def _swapped(x: jax.Array, batch: int, rows: int) -> jax.Array:
 
 def _laid_out(aval: Any) -> NamedSharding | None:
     """How to lay out a gradient over a mesh whose axes are explicit, where JAX wants to be told."""
-    return aval.sharding if AxisType.Explicit in aval.sharding.mesh.axis_types else None
+    mesh = aval.sharding.mesh
+    if mesh.empty:
+        # What is on no mesh is everywhere on that of the others.
+        mesh = jax.sharding.get_abstract_mesh()
+        return NamedSharding(mesh, PartitionSpec(*[None] * aval.ndim)) if AxisType.Explicit in mesh.axis_types else None
+    return aval.sharding if AxisType.Explicit in mesh.axis_types else None
 
 
-def _batch(args: Any, axes: Any, *, batch: int, out_sharding: Any, **params: Any) -> tuple[jax.Array, int]:
+def _batch(
+    mapped: Any, args: Any, axes: Any, *, batch: int, out_sharding: NamedSharding | None, **params: Any
+) -> tuple[jax.Array, int | None]:
     """An axis of both is one more batch axis, one of x is one of rows, and one of y is the last of the result."""
     (x, y), (of_x, of_y) = args, axes
+    if of_x is None and of_y is None:
+        return _product_p.bind(x, y, batch=batch, out_sharding=out_sharding, **params), None
     both = of_x is not None and of_y is not None
     place = 0 if both else batch if of_y is None else -1
     x = x if of_x is None else jnp.moveaxis(x, of_x, place)
     y = y if of_y is None else jnp.moveaxis(y, of_y, place)
     if out_sharding is not None:
-        spec = list(out_sharding.spec)
-        spec.insert(len(spec) if place == -1 else place, None)
-        out_sharding = NamedSharding(out_sharding.mesh, PartitionSpec(*spec))
+        parts = list(out_sharding.spec.partitions)
+        parts.insert(len(parts) if place == -1 else place, mapped.explicit_mesh_axis)
+        out_sharding = out_sharding.update(spec=out_sharding.spec.update(partitions=tuple(parts)))
     out = _product_p.bind(x, y, batch=batch + both, out_sharding=out_sharding, **params)
     return out, out.ndim - 1 if place == -1 else place
 
@@ -121,6 +131,6 @@ _product_p.def_impl(_compute)
 _product_p.def_abstract_eval(_shape_of)
 ad.defbilinear(_product_p, _back_to_x, _back_to_y)
 ad.primitive_jvps[_product_p] = _differentiate
-batching.primitive_batchers[_product_p] = _batch
+batching.fancy_primitive_batchers[_product_p] = _batch
 mlir.register_lowering(_product_p, mlir.lower_fun(_compute, multiple_results=False))
 mlir.register_lowering(_product_p, mlir.lower_fun(_compute_on_cpu, multiple_results=False), platform="cpu")

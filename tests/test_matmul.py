@@ -73,6 +73,13 @@ def test_in_a_shard_map_gradients_are_summed_over_devices():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_what_is_kept_for_the_backward_pass_is_rounded(shapes):
+    x, y = drawn(shapes)
+    kept = jax.tree.leaves(jax.vjp(lambda x, y: matmul(x, y, "bfloat16"), x, y)[1])
+    assert {(each.shape, each.dtype.name) for each in kept} == {(x.shape, "bfloat16"), (y.shape, "bfloat16")}
+
+
 @pytest.mark.parametrize("shape", [(1024, 64), (8, 128, 64), (2, 4, 128, 64)])
 def test_a_product_whose_result_is_turned_over(shape):
     """As the gradient of word embeddings is that score every position; XLA for CPUs merges that into what it lacks."""
@@ -138,21 +145,67 @@ def test_every_derivative_is_there(shapes):
     np.testing.assert_allclose(mapped, gradient(x, y)[1] + gradient(dx, y)[1], rtol=0, atol=0.02)
 
 
-def test_over_a_mesh_of_explicit_axes():
-    """Rows are spread over the devices, and summed over for the gradient of what is on all of them."""
+def plainly(x, y, batch=0):
+    """The product by JAX itself, of the same axes."""
+    common = tuple(range(batch))
+    return jax.lax.dot_general(x, y, (((x.ndim - 1,), (batch,)), (common, common)), precision="highest")
+
+
+@pytest.mark.parametrize("axes", [None, (0, None), (1, None), (2, None), (None, 0), (None, 2), (0, 0), (1, 2)])
+@pytest.mark.parametrize("specs", [("data", None), ("data", (None, "model")), (None, ("model", None))])
+def test_over_a_mesh_of_explicit_axes_all_is_laid_out_as_by_jax(axes, specs):
+    """Of plain, and of mapped products, whether the axis that is mapped is laid out over devices or not."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    shapes, parts = [[4, 8, 6], [6, 8]], [list(each) if isinstance(each, tuple) else [each] for each in specs]
+    # The axis that is mapped over is laid out itself, unless that of rows is.
+    mapped = None if "data" in parts[0] else "data"
+    for shape, part, axis in zip(shapes, parts, axes or (None, None), strict=True):
+        part += [None] * (len(shape) - len(part))
+        if axis is not None:
+            shape.insert(axis, 4)
+            part.insert(axis, mapped)
+    x, y = (each.astype(jnp.bfloat16).astype(jnp.float32) for each in drawn(shapes))
+
+    def slopes(x, y, product):
+        return jax.grad(lambda x, y: product(x, y).sum(), (0, 1))(x, y)
+
+    def run(product):
+        each = functools.partial(slopes, product=product)
+        each = each if axes is None else jax.vmap(each, axes)
+        with jax.set_mesh(mesh):
+            given = (
+                jax.device_put(x, NamedSharding(mesh, PartitionSpec(*part)))
+                for x, part in zip((x, y), parts, strict=True)
+            )
+            return jax.jit(each)(*given)
+
+    for found, expected in zip(run(short_product), run(plainly), strict=True):
+        assert found.sharding.is_equivalent_to(expected.sharding, found.ndim)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_what_is_on_no_mesh_is_everywhere_on_that_of_the_others():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
-    x, y = drawn(SHAPES[1])
-    compute = functools.partial(gradients, dtype="bfloat16", weight=1.0)
-    expected = compute(x, y)
+    x, y = drawn([(4, 6), (6, 5)])
     with jax.set_mesh(mesh):
         spread = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
-        everywhere = jax.device_put(y, NamedSharding(mesh, PartitionSpec()))
-        found = jax.jit(compute)(spread, everywhere)
-        mapped = jax.jit(jax.vmap(compute, (1, None)))(spread, everywhere)
-    for one, two, given in zip(found, expected, (spread, everywhere), strict=True):
-        assert one.sharding.is_equivalent_to(given.sharding, one.ndim)
+        found = jax.jit(lambda y: gradients(spread, y, "bfloat16", 1.0))(np.asarray(y))
+    for one, two in zip(found, gradients(x, y, "bfloat16", 1.0), strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(mapped[1].sum(0), expected[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("result", ["float32", "bfloat16"])
+def test_dtypes_and_weak_types(result):
+    weak = jax.lax.full((2, 3), 1.0), jax.lax.full((3, 4), 1.0)
+    for run in (short_product, jax.jit(short_product, static_argnames="result")):
+        found = run(*weak, result=result)
+        assert (found.dtype, found.weak_type) == (result, False)
+        short = [each.astype(jnp.bfloat16) for each in weak]
+        slopes = jax.grad(lambda *given, run=run: run(*given, result=result).astype(jnp.float32).sum(), (0, 1))
+        assert [each.dtype for each in slopes(*short)] == [jnp.bfloat16] * 2
+    text = jax.jit(jax.grad(lambda x: short_product(x, weak[1], result=result).astype(jnp.float32).sum()))
+    products = [line for line in text.lower(weak[0]).as_text().splitlines() if "dot_general" in line]
+    assert products[-1].endswith({"float32": "f32>", "bfloat16": "bf16>"}[result])
 
 
 @pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])

@@ -330,13 +330,16 @@ def test_all_layers_unrolled_is_not_taken_for_one_at_a_time():
         assert ("stablehlo.while" in jax.jit(apply).lower(params, ids).as_text()) == loops
 
 
-@pytest.mark.parametrize("unroll", [True, 6, 7])
-def test_all_layers_unrolled_are_not_computed_again(unroll):
-    with pytest.raises(ConfigError, match=r"unroll is all 6 layers and remat is True.*unroll fewer layers"):
-        BertModel(dataclasses.replace(TINY, num_hidden_layers=6), unroll=unroll, remat=True, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("unroll", [True, 4, 6, 7])
+def test_layers_without_a_loop_are_not_computed_again(unroll):
+    config = dataclasses.replace(TINY, num_hidden_layers=6)
+    message = rf"unroll is {6 if unroll is True else unroll} of 6 layers and remat is True.*unroll at most 3, or"
+    with pytest.raises(ConfigError, match=message):
+        BertModel(config, unroll=unroll, remat=True, rngs=nnx.Rngs(0))
+    BertModel(dataclasses.replace(config, num_hidden_layers=1), unroll=unroll, remat=True, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("unroll", [1, 2])
+@pytest.mark.parametrize("unroll", [1, 3])
 def test_remat_saves_memory(unroll):
     config = dataclasses.replace(
         TINY, num_hidden_layers=6, hidden_size=64, num_attention_heads=2, intermediate_size=256
@@ -348,13 +351,13 @@ def test_remat_saves_memory(unroll):
         slopes = jax.jit(jax.grad(lambda params: (apply(params, ids).last_hidden_state ** 2).sum()))
         return slopes.lower(params).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(True) < 0.6 * temporary(False)
+    assert temporary(True) < 0.7 * temporary(False)
 
 
 def test_unroll_and_remat_change_nothing():
     ids = random_ids((2, 9))
     expected = tiny()(ids).last_hidden_state
-    for options in ({"unroll": 2}, {"unroll": True}, {"remat": True}, {"remat": True, "unroll": 2}):
+    for options in ({"unroll": 2}, {"unroll": True}, {"remat": True}):
         np.testing.assert_allclose(tiny(**options)(ids).last_hidden_state, expected, rtol=0, atol=1e-5)
 
 
