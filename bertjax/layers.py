@@ -493,5 +493,8 @@ class BertPredictionHead(nnx.Module):
             return x if size is None else lax.dynamic_slice_in_dim(x, start, size, axis)
 
         # The part is taken before it is cast, which would touch every row of the vocabulary.
-        kernel = part(words, 0).T if self.decoder is None else part(self.decoder.kernel[...], 1)
-        return matmul(states, kernel, self.dtype) + part(self.bias[...], 0).astype(jnp.float32)
+        if self.decoder is None:
+            y = matmul(states, part(words, 0), self.dtype, turned=True)
+        else:
+            y = matmul(states, part(self.decoder.kernel[...], 1), self.dtype)
+        return y + part(self.bias[...], 0).astype(jnp.float32)

@@ -16,24 +16,25 @@ def matmul_precision(dtype: jax.typing.DTypeLike) -> lax.Precision | None:
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def matmul(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """x y with both cast to `dtype`, and the result in float32.
+def matmul(x: jax.Array, y: jax.Array, dtype: jax.typing.DTypeLike, *, turned: bool = False) -> jax.Array:
+    """x y, or x y^T where y is `turned`, with both cast to `dtype`, and the result in float32.
 
     In bfloat16 its derivatives are such products, too: what comes back is cast before it is multiplied, as in other
     frameworks. float16 has too short a range for gradients, so there they are left in float32.
 
     Args:
         x: [..., m, k].
-        y: [k, n], or [..., k, n] with the same leading axes.
+        y: [k, n], or [..., k, n] with the same leading axes; turned, the last two the other way round.
         dtype: what is multiplied.
+        turned: whether the last axis of y is k.
 
     Returns:
         float32 [..., m, n].
     """
     if jnp.dtype(dtype) == jnp.bfloat16:
-        return short_product(x, y, batch=y.ndim - 2)
+        return short_product(x, y, batch=y.ndim - 2, turned=turned)
     options = {"precision": matmul_precision(dtype), "preferred_element_type": jnp.float32}
-    x, y = x.astype(dtype), y.astype(dtype)
+    x, y = x.astype(dtype), (y.swapaxes(-1, -2) if turned else y).astype(dtype)
     if y.ndim == 2:
         return lax.dot_general(x, y, (((x.ndim - 1,), (0,)), ((), ())), **options)
     return jnp.matmul(x, y, **options)

@@ -17,23 +17,25 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def short_product(
-    x: jax.Array, y: jax.Array, *, batch: int = 0, result: jax.typing.DTypeLike = jnp.float32
+    x: jax.Array, y: jax.Array, *, batch: int = 0, turned: bool = False, result: jax.typing.DTypeLike = jnp.float32
 ) -> jax.Array:
-    """x y with both rounded to bfloat16, summed in float32.
+    """x y, or x y^T where y is `turned`, with both rounded to bfloat16, summed in float32.
 
     Derivatives are made of products of rounded numbers. What comes back for x is rounded to `result`, what comes back
     for y is not, since it may yet have to be summed over devices; and then each has the dtype of what it is for.
 
     Args:
         x: [*batch axes, *rows, k], of any float dtype.
-        y: [*batch axes, k, n], of any float dtype.
+        y: [*batch axes, k, n], or [*batch axes, n, k], of any float dtype.
         batch: how many axes x, y and the result have in common.
+        turned: whether the last axis of y is k.
         result: what the sums are rounded to.
 
     Returns:
         `result` [*batch axes, *rows, n].
     """
-    return _product_p.bind(*alike(x, y), batch=batch, summed=1, result=jnp.dtype(result), out_sharding=None)
+    params = {"batch": batch, "summed": 1, "turned": turned, "result": jnp.dtype(result), "out_sharding": None}
+    return _product_p.bind(*alike(x, y), **params)
 
 
 def alike(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,16 +47,16 @@ def alike(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def _options(x: Any, batch: int, summed: int, result: Any, out_sharding: Any) -> dict[str, Any]:
+def _options(x: Any, y: Any, batch: int, summed: int, turned: bool, result: Any, out_sharding: Any) -> dict[str, Any]:
     """What `lax.dot_general` is given: axes are in the order batch, rows, summed in x, and batch, summed, rest in y."""
     common = tuple(range(batch))
-    inner = tuple(range(x.ndim - summed, x.ndim)), tuple(range(batch, batch + summed))
-    numbers = {"dimension_numbers": (inner, (common, common)), "out_sharding": out_sharding}
-    return numbers | {"precision": None, "preferred_element_type": result}
+    inner = tuple(range(y.ndim - summed, y.ndim) if turned else range(batch, batch + summed))
+    numbers = {"dimension_numbers": ((tuple(range(x.ndim - summed, x.ndim)), inner), (common, common))}
+    return numbers | {"out_sharding": out_sharding, "precision": None, "preferred_element_type": result}
 
 
 def _compute(x: jax.Array, y: jax.Array, **params: Any) -> jax.Array:
-    return lax.dot_general(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), **_options(x, **params))
+    return lax.dot_general(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), **_options(x, y, **params))
 
 
 def _compute_on_cpu(x: jax.Array, y: jax.Array, **params: Any) -> jax.Array:
@@ -65,7 +67,7 @@ def _compute_on_cpu(x: jax.Array, y: jax.Array, **params: Any) -> jax.Array:
 
 def _shape_of(x: Any, y: Any, **params: Any) -> Any:
     short = (each.update(dtype=jnp.dtype(jnp.bfloat16), weak_type=False) for each in (x, y))
-    return lax.dot_general_p.abstract_eval(*short, **_options(x, **params))[0]
+    return lax.dot_general_p.abstract_eval(*short, **_options(x, y, **params))[0]
 
 
 def _differentiate(primals: Any, tangents: Any, **params: Any) -> tuple[jax.Array, jax.Array]:
@@ -77,18 +79,28 @@ def _differentiate(primals: Any, tangents: Any, **params: Any) -> tuple[jax.Arra
     return _product_p.bind(x, y, **params), sum(slopes[1:], slopes[0])
 
 
-def _back_to_x(gradient: jax.Array, x: Any, y: jax.Array, *, batch: int, summed: int, **params: Any) -> jax.Array:
+def _back_to_x(
+    gradient: jax.Array, x: Any, y: jax.Array, *, batch: int, summed: int, turned: bool, result: Any, **_: Any
+) -> jax.Array:
     """gradient y^T."""
-    rest = y.ndim - batch - summed
-    params = {"batch": batch, "summed": rest, "result": params["result"], "out_sharding": _laid_out(x.aval)}
-    return _product_p.bind(gradient, _swapped(y, batch, summed), **params).astype(x.aval.dtype)
+    params = {"batch": batch, "summed": y.ndim - batch - summed, "turned": not turned, "result": result}
+    return _product_p.bind(gradient, y, out_sharding=_laid_out(x.aval), **params).astype(x.aval.dtype)
 
 
-def _back_to_y(gradient: jax.Array, x: jax.Array, y: Any, *, batch: int, summed: int, **_: Any) -> jax.Array:
-    """x^T gradient."""
-    rows = x.ndim - batch - summed
-    params = {"batch": batch, "summed": rows, "result": jnp.dtype(jnp.float32), "out_sharding": _laid_out(y.aval)}
-    return _product_p.bind(_swapped(x, batch, rows), gradient, **params).astype(y.aval.dtype)
+def _back_to_y(
+    gradient: jax.Array, x: jax.Array, y: Any, *, batch: int, summed: int, turned: bool, **_: Any
+) -> jax.Array:
+    """x^T gradient, or gradient^T x."""
+    rows, rest = x.ndim - batch - summed, y.aval.ndim - batch - summed
+    params = {"batch": batch, "summed": rows, "turned": False, "result": jnp.dtype(jnp.float32)}
+    params["out_sharding"] = _laid_out(y.aval)
+    if turned:
+        back = _product_p.bind(_swapped(gradient, batch, rows), x, **params)
+    elif gradient.size < x.size and params["out_sharding"] is None:
+        back = _swapped(_product_p.bind(_swapped(gradient, batch, rows), x, **params), batch, rest)
+    else:
+        back = _product_p.bind(_swapped(x, batch, rows), gradient, **params)
+    return back.astype(y.aval.dtype)
 
 
 def _swapped(x: jax.Array, batch: int, rows: int) -> jax.Array:
@@ -107,23 +119,24 @@ def _laid_out(aval: Any) -> NamedSharding | None:
     return aval.sharding if AxisType.Explicit in mesh.axis_types else None
 
 
-def _batch(
-    mapped: Any, args: Any, axes: Any, *, batch: int, out_sharding: NamedSharding | None, **params: Any
-) -> tuple[jax.Array, int | None]:
-    """An axis of both is one more batch axis, one of x is one of rows, and one of y is the last of the result."""
+def _batch(mapped: Any, args: Any, axes: Any, **params: Any) -> tuple[jax.Array, int | None]:
+    """An axis of both is one more batch axis, one of x is the first of rows, and one of y is the first of the rest."""
     (x, y), (of_x, of_y) = args, axes
+    batch, summed, out_sharding = params["batch"], params["summed"], params["out_sharding"]
     if of_x is None and of_y is None:
-        return _product_p.bind(x, y, batch=batch, out_sharding=out_sharding, **params), None
-    both = of_x is not None and of_y is not None
-    place = 0 if both else batch if of_y is None else -1
-    x = x if of_x is None else jnp.moveaxis(x, of_x, place)
-    y = y if of_y is None else jnp.moveaxis(y, of_y, place)
+        return _product_p.bind(x, y, **params), None
+    if of_y is None:
+        x, axis = jnp.moveaxis(x, of_x, batch), batch
+    elif of_x is None:
+        y, axis = jnp.moveaxis(y, of_y, batch if params["turned"] else batch + summed), x.ndim - summed
+    else:
+        x, y, axis = jnp.moveaxis(x, of_x, 0), jnp.moveaxis(y, of_y, 0), 0
+        params["batch"] = batch + 1
     if out_sharding is not None:
         parts = list(out_sharding.spec.partitions)
-        parts.insert(len(parts) if place == -1 else place, mapped.explicit_mesh_axis)
-        out_sharding = out_sharding.update(spec=out_sharding.spec.update(partitions=tuple(parts)))
-    out = _product_p.bind(x, y, batch=batch + both, out_sharding=out_sharding, **params)
-    return out, out.ndim - 1 if place == -1 else place
+        parts.insert(axis, mapped.explicit_mesh_axis)
+        params["out_sharding"] = out_sharding.update(spec=out_sharding.spec.update(partitions=tuple(parts)))
+    return _product_p.bind(x, y, **params), axis
 
 
 _product_p = Primitive("short_product")

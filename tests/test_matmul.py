@@ -11,7 +11,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from bertjax.matmul import dense, matmul
 from bertjax.short_product import short_product
 
-SHAPES = [((4, 6), (6, 5)), ((2, 3, 4, 6), (6, 5)), ((2, 3, 4, 6), (2, 3, 6, 5))]
+SHAPES = [((4, 6), (6, 5)), ((2, 3, 4, 6), (6, 5)), ((2, 3, 4, 6), (2, 3, 6, 5)), ((3, 4, 6), (6, 9))]
+
+
+def turning(product):
+    """The same product by way of a y that is turned."""
+    return lambda x, y, *args, **options: product(x, y.swapaxes(-1, -2), *args, turned=True, **options)
+
+
+#: Products of x and y, straight and by way of a y that is turned.
+PRODUCTS = [short_product, turning(short_product)]
+MATMULS = [matmul, turning(matmul)]
 
 
 def drawn(shapes, dtype=np.float32):
@@ -19,27 +29,29 @@ def drawn(shapes, dtype=np.float32):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
-def gradients(x, y, dtype, weight):
-    return jax.grad(lambda x, y: (matmul(x, y, dtype) * weight).sum(), (0, 1))(x, y)
+def gradients(x, y, dtype, weight, product=matmul):
+    return jax.grad(lambda x, y: (product(x, y, dtype) * weight).sum(), (0, 1))(x, y)
 
 
+@pytest.mark.parametrize("product", MATMULS)
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_products_are_those_of_the_rounded_numbers(shapes, dtype):
+def test_products_are_those_of_the_rounded_numbers(shapes, dtype, product):
     x, y = drawn(shapes)
     exact = np.matmul(*(np.asarray(each.astype(dtype), np.float64) for each in (x, y)))
-    found = matmul(x, y, dtype)
+    found = product(x, y, dtype)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("product", MATMULS)
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_in_bfloat16_gradients_are_products_of_rounded_numbers(shapes):
+def test_in_bfloat16_gradients_are_products_of_rounded_numbers(shapes, product):
     x, y = drawn(shapes)
     weight = drawn([matmul(x, y, "float32").shape])[0]
     rounded = [each.astype(jnp.bfloat16).astype(jnp.float32) for each in (x, y, weight)]
     expected = gradients(rounded[0], rounded[1], "float32", rounded[2])
-    for found, wanted, given in zip(gradients(x, y, "bfloat16", weight), expected, (x, y), strict=True):
+    for found, wanted, given in zip(gradients(x, y, "bfloat16", weight, product), expected, (x, y), strict=True):
         assert found.dtype == given.dtype
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
@@ -99,17 +111,16 @@ def of_rounded(x, y, batch):
     return jax.lax.dot_general(x, y, (((x.ndim - 1,), (batch,)), (common, common)), precision="highest")
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (2, None), (None, 2), (1, 2)])
 @pytest.mark.parametrize("shapes", SHAPES)
-def test_mapped_over_any_axis_of_either(shapes, axes):
+def test_mapped_over_any_axis_of_either(shapes, axes, product):
     batch = len(shapes[1]) - 2
     shapes = [
         shape if axis is None else (*shape[:axis], 7, *shape[axis:]) for shape, axis in zip(shapes, axes, strict=True)
     ]
     x, y = drawn(shapes)
-    found, expected = (
-        jax.vmap(functools.partial(product, batch=batch), axes)(x, y) for product in (short_product, of_rounded)
-    )
+    found, expected = (jax.vmap(functools.partial(each, batch=batch), axes)(x, y) for each in (product, of_rounded))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     weight = drawn([expected.shape])[0].astype(jnp.bfloat16).astype(jnp.float32)
 
@@ -117,7 +128,7 @@ def test_mapped_over_any_axis_of_either(shapes, axes):
         mapped = jax.vmap(functools.partial(product, batch=batch), axes)
         return jax.grad(lambda x, y: (mapped(x, y) * weight).sum(), (0, 1))(x, y)
 
-    for one, two in zip(slopes(short_product), slopes(of_rounded), strict=True):
+    for one, two in zip(slopes(product), slopes(of_rounded), strict=True):
         # JAX rounds the slope of a cast, too; a gradient in bfloat16 is 2^-9 from what it stands for.
         np.testing.assert_allclose(one, two, rtol=2.0**-8, atol=1e-5)
 
@@ -151,9 +162,10 @@ def plainly(x, y, batch=0):
     return jax.lax.dot_general(x, y, (((x.ndim - 1,), (batch,)), (common, common)), precision="highest")
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("axes", [None, (0, None), (1, None), (2, None), (None, 0), (None, 2), (0, 0), (1, 2)])
 @pytest.mark.parametrize("specs", [("data", None), ("data", (None, "model")), (None, ("model", None))])
-def test_over_a_mesh_of_explicit_axes_all_is_laid_out_as_by_jax(axes, specs):
+def test_over_a_mesh_of_explicit_axes_all_is_laid_out_as_by_jax(axes, specs, product):
     """Of plain, and of mapped products, whether the axis that is mapped is laid out over devices or not."""
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     shapes, parts = [[4, 8, 6], [6, 8]], [list(each) if isinstance(each, tuple) else [each] for each in specs]
@@ -179,7 +191,7 @@ def test_over_a_mesh_of_explicit_axes_all_is_laid_out_as_by_jax(axes, specs):
             )
             return jax.jit(each)(*given)
 
-    for found, expected in zip(run(short_product), run(plainly), strict=True):
+    for found, expected in zip(run(product), run(plainly), strict=True):
         assert found.sharding.is_equivalent_to(expected.sharding, found.ndim)
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
