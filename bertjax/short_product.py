@@ -94,6 +94,8 @@ def _back_to_y(
     rows, rest = x.ndim - batch - summed, y.aval.ndim - batch - summed
     params = {"batch": batch, "summed": rows, "turned": False, "result": jnp.dtype(jnp.float32)}
     params["out_sharding"] = _laid_out(y.aval)
+    # The smaller one is turned over: XLA for CPUs also computes what it is made of in that order, which is slow. (Not
+    # where the layout of the result would have to be turned over, too.)
     if turned:
         back = _product_p.bind(_swapped(gradient, batch, rows), x, **params)
     elif gradient.size < x.size and params["out_sharding"] is None:
