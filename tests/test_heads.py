@@ -372,6 +372,12 @@ def train_masked_lm():
     return functools.partial(compiled, params), functools.partial(compiled.lower, params)
 
 
+def test_word_embeddings_are_multiplied_as_they_lie():
+    apply, params = functional(random_heads("BertForMaskedLM", dtype=jnp.bfloat16))
+    slopes = jax.jit(jax.grad(lambda params: (apply(params, *inputs_of("BertForMaskedLM")).logits ** 2).sum()))
+    assert not re.search(r"stablehlo.transpose.*<(50x32|32x50)x", slopes.lower(params).as_text())
+
+
 def test_scoring_labelled_tokens_only_has_no_logits_of_the_others(train_masked_lm):
     ids = inputs_of("BertForMaskedLM")[0]
 

@@ -104,6 +104,15 @@ def test_a_product_whose_result_is_turned_over(shape):
     np.testing.assert_allclose(found, exact, rtol=0, atol=0.01 * float(abs(exact).max()))
 
 
+@pytest.mark.parametrize(("size", "smaller", "larger"), [(5, 5, 40), (90, 40, 90)])
+def test_of_two_factors_the_smaller_is_turned_over(size, smaller, larger):
+    x, y = drawn([(3, 4, 40), (40, size)])
+    slope = jax.jit(jax.grad(lambda y, x: matmul(x, y, "bfloat16").sum()))
+    moved = [line for line in slope.lower(y, x).as_text().splitlines() if "stablehlo.transpose" in line]
+    assert any(f"-> tensor<{smaller}x3x4x" in line for line in moved)
+    assert not any(f"-> tensor<{larger}x3x4x" in line for line in moved)
+
+
 def of_rounded(x, y, batch):
     """What `short_product` computes, by JAX's own product of float32."""
     x, y = (each.astype(jnp.bfloat16).astype(jnp.float32) for each in (x, y))
