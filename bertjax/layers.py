@@ -11,80 +11,24 @@ Dropout needs no hidden state: a call that is given a random key drops, one that
 
 import contextlib
 import contextvars
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bertjax.activations import ACTIVATION_FUNCTIONS, activation
 from bertjax.attention import Segments, attend, relative_bias
 from bertjax.config import BertConfig
 from bertjax.int8 import Int8Linear, dtype_of_attention, dtype_within, is_int8
-from bertjax.matmul import as_row, dense, dense_columns, matmul
+from bertjax.layer_norm import layer_norm
+from bertjax.matmul import dense, dense_columns, matmul
 from bertjax.platforms import on_platform
 
 DType = jax.typing.DTypeLike
-
-
-def _gelu_erf(x: jax.Array) -> jax.Array:
-    """x Phi(x), the exact GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
-
-    By erf, as in the reference: `jax.nn.gelu` takes erfc, for which XLA computes three approximations and chooses.
-    """
-    return 0.5 * x * (1.0 + lax.erf(x * np.float32(np.sqrt(0.5))))
-
-
-def _gelu_tanh(x: jax.Array) -> jax.Array:
-    """The tanh approximation of GELU (same paper, section 2)."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-def _quick_gelu(x: jax.Array) -> jax.Array:
-    """The sigmoid approximation of GELU (same paper, section 2)."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-#: What each name of `config.ACTIVATIONS` computes; on float32.
-ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _gelu_erf,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
-
-#: Of the GELU, 2 atanh(2 Phi(x) - 1) / x by powers of x^2: fitted by least squares, with weights that even out the
-#: error of the result, which is below 3.1e-6 everywhere.
-_FITTED = (0.79782814, 0.036468791, -1.2486159e-4, -3.0581016e-5, 1.1190828e-6)
-
-
-def _gelu_fitted(x: jax.Array) -> jax.Array:
-    """The GELU by one tanh, which a TPU has an instruction for: it takes a third of erf's operations."""
-    square, factor = x * x, np.float32(_FITTED[-1])
-    for coefficient in _FITTED[-2::-1]:
-        factor = factor * square + np.float32(coefficient)
-    half = 0.5 * x
-    return half + half * jnp.tanh(x * factor)
-
-
-_gelu_short = on_platform(_gelu_erf, tpu=_gelu_fitted)
-
-
-def _activation(name: str, dtype: DType) -> Callable[[jax.Array], jax.Array]:
-    """An activation whose result is to be rounded to this dtype.
-
-    In a shorter one than float32 an error of 3e-6 is small beside the rounding of what the result is added to.
-    """
-    return _gelu_short if name == "gelu" and jnp.dtype(dtype) != jnp.float32 else ACTIVATION_FUNCTIONS[name]
 
 
 _shapes_only = contextvars.ContextVar("shapes_only", default=False)
@@ -148,72 +92,6 @@ def _dense(
 def _square(config: BertConfig, **options: Any) -> Linear | Int8Linear:
     """A dense layer from the hidden axis to itself."""
     return _dense(config.hidden_size, config.hidden_size, config, **options)
-
-
-class LayerNorm(nnx.LayerNorm):
-    """LayerNorm over the last axis, in float32 (Ba et al. 2016, arXiv:1607.06450).
-
-    The variance is E[(x - E[x])^2] where `use_fast_variance` is off. E[x^2] - E[x]^2 saves a pass over the activations
-    and cancels badly where the mean is large. A GPU gains nothing by it: there XLA has one kernel for the two passes.
-    """
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float32 [..., features] to the same shape."""
-        run = functools.partial(_normalise, self.epsilon, self.use_fast_variance)
-        if self.use_fast_variance:
-            run = on_platform(run, cuda=functools.partial(_normalise_on_gpu, self.epsilon))
-        return run(x, self.scale[...], self.bias[...])
-
-
-def _normalise(epsilon: float, fast: bool, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """(x - E[x]) / sqrt(Var[x] + epsilon) scale + bias, over the last axis."""
-    mean, inverse = _moments(epsilon, fast, x)
-    return (x - mean) * (inverse * as_row(scale, x)) + as_row(bias, x)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalise_on_gpu(epsilon: float, x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
-    """The same with a derivative that is written out: by the chain rule as it stands JAX passes over more arrays.
-
-    Only for GPUs: on CPUs XLA of jax 0.10 takes sums in it for matrix products, and computes these wrongly.
-    """
-    return _normalise(epsilon, False, x, scale, bias)
-
-
-@_normalise_on_gpu.defjvp
-def _normalise_on_gpu_jvp(epsilon: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    mean, inverse = _moments(epsilon, False, x)
-    standard = (x - mean) * inverse
-    slope = inverse * (dx - _mean(dx) - standard * _mean(standard * dx))
-    y = standard * as_row(scale, x) + as_row(bias, x)
-    return y, slope * as_row(scale, x) + standard * as_row(dscale, x) + as_row(dbias, x)
-
-
-def _moments(epsilon: float, fast: bool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean and 1 / sqrt(variance + epsilon) over the last axis, [..., 1] both."""
-    mean = _mean(x)
-    variance = jnp.maximum(0.0, _mean(jnp.square(x)) - jnp.square(mean)) if fast else _mean(jnp.square(x - mean))
-    return mean, lax.rsqrt(variance + epsilon)
-
-
-def _mean(x: jax.Array) -> jax.Array:
-    return x.mean(-1, keepdims=True)
-
-
-def layer_norm(config: BertConfig, dtype: DType, param_dtype: DType, rngs: nnx.Rngs) -> LayerNorm:
-    """A `LayerNorm` over the hidden axis.
-
-    What the faster variance loses is far below the rounding of a compute dtype that is shorter than float32.
-    """
-    return LayerNorm(
-        config.hidden_size,
-        epsilon=config.layer_norm_eps,
-        dtype=jnp.float32,
-        param_dtype=param_dtype,
-        use_fast_variance=jnp.dtype(dtype) != jnp.float32,
-        rngs=rngs,
-    )
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -393,7 +271,7 @@ class BertFeedForward(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, length, hidden] to the same shape and dtype."""
         wide = self.intermediate(x).astype(jnp.float32)
-        hidden = _activation(self.activation, self.dtype)(wide).astype(self.dtype)
+        hidden = activation(self.activation, self.dtype)(wide).astype(self.dtype)
         # For a TPU, XLA would pull both into the next matmul, and compute them anew for each of its tiles.
         hidden = lax.platform_dependent(hidden, tpu=lax.optimization_barrier, default=lambda hidden: hidden)
         return self.output(hidden.astype(x.dtype))

@@ -119,7 +119,8 @@ class BertEncoder(nnx.Module):
 
             # A kernel of Pallas can't be kept: in its interpret mode it has effects, which `jax.checkpoint` refuses.
             if self.remat or backend != "tpu":
-                # Inside a loop nothing can be merged with the forward pass, so nothing has to be kept from it.
+                # In a loop nothing can be merged with the forward pass, so nothing has to be kept from it; and where
+                # it matters, for `remat`, there is a loop.
                 step = jax.checkpoint(step, prevent_cse=False, policy=None if self.remat else _is_kept)
             last, (hidden, attentions) = lax.scan(step, x, (layers, keys, head_mask), unroll=self.unroll)
             if output_hidden_states:
@@ -387,19 +388,6 @@ def check_dtype(name: str, dtype: DType, accepted: tuple[str, ...] = _FLOATS) ->
     return found
 
 
-def _check_unroll(unroll: int | bool, layers: int, remat: bool) -> int:
-    """Returns how many layers to unroll. A number: True is equal to 1, and one program would be taken for the other."""
-    if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
-        raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
-    unroll = layers if unroll is True else unroll
-    if remat and layers > 1 and layers // unroll < 2:
-        raise ConfigError(
-            f"unroll is {unroll} of {layers} layers and remat is True: without a loop that runs at least twice, XLA "
-            f"merges what is computed twice, and keeps it; unroll at most {layers // 2}, or leave out remat"
-        )
-    return unroll
-
-
 def check_dtypes(dtype: DType, param_dtype: DType | None) -> tuple[jnp.dtype, jnp.dtype]:
     """Returns the dtypes that a model computes in and has its parameters in; None is for the one that goes with it.
 
@@ -411,6 +399,19 @@ def check_dtypes(dtype: DType, param_dtype: DType | None) -> tuple[jnp.dtype, jn
     if is_int8(dtype) and param_dtype != jnp.float32:
         raise ConfigError(f"param_dtype is {param_dtype.name}; with dtype int8, what is not in int8 is in float32 only")
     return dtype, param_dtype
+
+
+def _check_unroll(unroll: int | bool, layers: int, remat: bool) -> int:
+    """Returns how many layers to unroll. A number: True is equal to 1, and one program would be taken for the other."""
+    if unroll is not True and (not isinstance(unroll, int) or unroll < 1):
+        raise ConfigError(f"unroll is {unroll!r}, expected a positive integer or True")
+    unroll = layers if unroll is True else unroll
+    if remat and layers > 1 and layers // unroll < 2:
+        raise ConfigError(
+            f"unroll is {unroll} of {layers} layers and remat is True: without a loop that runs at least twice, XLA "
+            f"merges what is computed twice, and keeps it; unroll at most {layers // 2}, or leave out remat"
+        )
+    return unroll
 
 
 def module_tree(module: nnx.Module, name: str = "", indent: int = 0) -> str:

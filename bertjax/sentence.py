@@ -12,11 +12,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from bertjax.activations import ACTIVATION_FUNCTIONS
 from bertjax.config import BertConfig
 from bertjax.errors import ConfigError, InputError
 from bertjax.flat import jit_model
 from bertjax.inputs import check_dropout_key, check_inputs
-from bertjax.layers import ACTIVATION_FUNCTIONS, linear
+from bertjax.layers import linear
 from bertjax.model import BertModel, encode, module_tree
 
 #: Pooling modes, in the order in which old Pooling configs, with a flag for each mode, concatenate several of them.

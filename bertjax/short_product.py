@@ -94,12 +94,11 @@ def _back_to_y(
     rows, rest = x.ndim - batch - summed, y.aval.ndim - batch - summed
     params = {"batch": batch, "summed": rows, "turned": False, "result": jnp.dtype(jnp.float32)}
     params["out_sharding"] = _laid_out(y.aval)
-    # The smaller one is turned over: XLA for CPUs also computes what it is made of in that order, which is slow. (Not
-    # where the layout of the result would have to be turned over, too.)
-    if turned:
+    # A y that is not turned can be had from either. XLA for CPUs also computes what is turned over in that order, which
+    # is slow, so it is the smaller one; but not where the layout of the result would have to be turned over, too.
+    if turned or (gradient.size < x.size and params["out_sharding"] is None):
         back = _product_p.bind(_swapped(gradient, batch, rows), x, **params)
-    elif gradient.size < x.size and params["out_sharding"] is None:
-        back = _swapped(_product_p.bind(_swapped(gradient, batch, rows), x, **params), batch, rest)
+        back = back if turned else _swapped(back, batch, rest)
     else:
         back = _product_p.bind(_swapped(x, batch, rows), gradient, **params)
     return back.astype(y.aval.dtype)
@@ -113,12 +112,11 @@ def _swapped(x: jax.Array, batch: int, rows: int) -> jax.Array:
 
 def _laid_out(aval: Any) -> NamedSharding | None:
     """How to lay out a gradient over a mesh whose axes are explicit, where JAX wants to be told."""
-    mesh = aval.sharding.mesh
-    if mesh.empty:
+    sharding = aval.sharding
+    if sharding.mesh.empty:
         # What is on no mesh is everywhere on that of the others.
-        mesh = jax.sharding.get_abstract_mesh()
-        return NamedSharding(mesh, PartitionSpec(*[None] * aval.ndim)) if AxisType.Explicit in mesh.axis_types else None
-    return aval.sharding if AxisType.Explicit in mesh.axis_types else None
+        sharding = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(*[None] * aval.ndim))
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def _batch(mapped: Any, args: Any, axes: Any, **params: Any) -> tuple[jax.Array, int | None]:

@@ -113,11 +113,15 @@ def test_of_two_factors_the_smaller_is_turned_over(size, smaller, larger):
     assert not any(f"-> tensor<{larger}x3x4x" in line for line in moved)
 
 
-def of_rounded(x, y, batch):
-    """What `short_product` computes, by JAX's own product of float32."""
-    x, y = (each.astype(jnp.bfloat16).astype(jnp.float32) for each in (x, y))
+def plainly(x, y, batch=0):
+    """The product by JAX itself, of the same axes."""
     common = tuple(range(batch))
     return jax.lax.dot_general(x, y, (((x.ndim - 1,), (batch,)), (common, common)), precision="highest")
+
+
+def of_rounded(x, y, batch):
+    """What `short_product` computes, by JAX's own product of float32."""
+    return plainly(*(each.astype(jnp.bfloat16).astype(jnp.float32) for each in (x, y)), batch)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -163,12 +167,6 @@ def test_every_derivative_is_there(shapes):
     rows = jnp.stack([x, dx])
     mapped = jax.grad(lambda y: jax.vmap(total, (0, None))(rows, y).sum())(y)
     np.testing.assert_allclose(mapped, gradient(x, y)[1] + gradient(dx, y)[1], rtol=0, atol=0.02)
-
-
-def plainly(x, y, batch=0):
-    """The product by JAX itself, of the same axes."""
-    common = tuple(range(batch))
-    return jax.lax.dot_general(x, y, (((x.ndim - 1,), (batch,)), (common, common)), precision="highest")
 
 
 @pytest.mark.parametrize("product", PRODUCTS)

@@ -12,9 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from oracle import require
 
 from bertjax import BertConfig, BertModel, functional, named_parameters, parameter_table
+from bertjax.activations import ACTIVATION_FUNCTIONS
 from bertjax.attention import relative_bias
 from bertjax.errors import ConfigError, InputError
-from bertjax.layers import ACTIVATION_FUNCTIONS
 from bertjax.sentence import POOLING_MODES, Normalize, SentenceModel
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")

@@ -13,7 +13,8 @@ from jax import lax
 from scipy.special import erf
 
 from bertjax import BertConfig, functional
-from bertjax.layers import _gelu_fitted, _normalise_on_gpu, layer_norm
+from bertjax.activations import _gelu_fitted
+from bertjax.layer_norm import _normalise_on_gpu, layer_norm
 from bertjax.platforms import on_platform
 from bertjax.training.lora import adapters_of, add_lora
 from bertjax.training.lora_settings import TARGETS, LoRA

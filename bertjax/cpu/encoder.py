@@ -8,7 +8,8 @@ from bertjax.attention import Segments
 from bertjax.config import BertConfig
 from bertjax.cpu.library import TARGET, library_problem, ways
 from bertjax.int8 import Int8Linear, is_int8
-from bertjax.layers import BertLayer, LayerNorm, Linear
+from bertjax.layer_norm import LayerNorm
+from bertjax.layers import BertLayer, Linear
 
 # The library works on blocks of columns and has no code for what is left over; in int8 those of a product are wider.
 _BLOCK, _INT8_BLOCK = 32, 64
